@@ -1,0 +1,1 @@
+"""What was learnt: arithmetic over the records of sweeps. Needs numpy, pandas and pyarrow, and no torch, Ray or MLflow."""

@@ -1,0 +1,5 @@
+"""Search spaces: one a file, `space(layers)` gives Optuna distributions by address.
+
+An address names a field of the trial's configuration: `bits/conv1/weight`, `optimizer/lr`, `method/per_channel`,
+`model/width`. `layers` are the quantizable rows of the model's layer table; only `name`, `first` and `last` are read.
+"""
