@@ -1,0 +1,287 @@
+"""The front of one sweep or several: the complete points that no other dominates, as a frame, a table, JSON or CSV.
+
+A point is one outcome of one trial, so a trial with several operating points may have several. Points of several
+sweeps share a front when their records have the key `run`; accuracies on different data sets never do.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import pareto
+from analysis.pick import limited_columns, pick
+from analysis.rows import complete_rows
+
+COLUMNS = (
+    "run",
+    "trial",
+    "point",
+    "method",
+    "model",
+    "data",
+    "accuracy",
+    "test_accuracy",
+    "loss",
+    "bops",
+    "relative_bops",
+    "size_bytes",
+    "macs",
+    "bits",
+    "source",
+    "seed",
+    "digest",
+    "checkpoint",
+)
+"""Columns of a front, in order. `run`, `test_accuracy`: if a record has them; `loss`: if it is an objective."""
+
+_OPTIONAL = ("run", "test_accuracy", "loss")
+_WIDEST_BITS = 60
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Front:
+    """The points of a search that no other point dominates. Made by `Front.of`.
+
+    Of points equal in all objectives the one that finished first is on the front (then the smaller trial). Of repeats,
+    such as the same configuration (`digest`) and operating point in two runs, at most one is on it: the one that
+    dominates, otherwise the one that finished first.
+
+    Attributes:
+        objectives: name to direction, in the order of the search.
+        rows: all complete points with everything their records say, in the order of finish.
+        on_front: bool, one for each of `rows`.
+    """
+
+    objectives: Mapping[str, str]
+    rows: pd.DataFrame
+    on_front: np.ndarray
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]] | pd.DataFrame, objectives: Mapping[str, str]) -> "Front":
+        """The front of all complete records.
+
+        Records that are not complete, or lack an objective other than the accuracy, are left out.
+
+        Args:
+            records: one mapping or row for each point, of one sweep or of several (then with `run`), with at least
+                `status`, `trial`, `accuracy` (0..1) and the objectives.
+            objectives: name to direction, such as `{"accuracy": "max", "bops": "min"}`.
+
+        Raises:
+            ValueError: an unknown objective, a missing column, a complete record without accuracy, or several data
+                sets.
+        """
+        rows = complete_rows(records, objectives)
+        data = sorted(set(rows["data"].dropna())) if "data" in rows else []
+        if len(data) > 1:
+            raise ValueError(f"records are of {', '.join(data)}: accuracies compare on one data set, make a front each")
+        return cls(objectives=dict(objectives), rows=rows, on_front=_front_mask(rows, objectives))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for each point of the front, by falling accuracy (then fewer BOPs, fewer bytes, smaller trial).
+
+        Columns as in `COLUMNS`; `bits` is short text; accuracies and relative BOPs are shares 0..1.
+        """
+        return _with_short_bits(self._points(self.on_front))
+
+    def dominated(self) -> pd.DataFrame:
+        """The complete points that are not on the front, with the columns and in the order of `to_pandas`."""
+        return _with_short_bits(self._points(~self.on_front))
+
+    def hypervolume(self, reference: Mapping[str, float] | None = None) -> float:
+        """Hypervolume of the front: 0..1 with the reference point that all sweeps share, see `analysis.pareto`.
+
+        Args:
+            reference: the worst value of each objective that counts, in its own unit; None takes the shared one.
+
+        Raises:
+            ValueError: loss is an objective and there is no reference, or the rows lack `relative_bops`.
+        """
+        values, worst = pareto.scaled(self.rows, self.objectives, reference)
+        return pareto.hypervolume(values[self.on_front], worst)
+
+    def pick(
+        self,
+        *,
+        max_bops: float | None = None,
+        max_relative_bops: float | None = None,
+        max_size_bytes: float | None = None,
+        min_accuracy: float | None = None,
+    ) -> pd.Series:
+        """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
+
+        A limit on something that was not searched for is honoured too: it then counts as a further objective, so that
+        no point is overlooked. Limits and errors as in `analysis.pick`.
+        """
+        limits = {
+            "max_bops": max_bops,
+            "max_relative_bops": max_relative_bops,
+            "max_size_bytes": max_size_bytes,
+            "min_accuracy": min_accuracy,
+        }
+        wanted = dict.fromkeys(name for name in ["accuracy", "bops", *limited_columns(**limits)] if name in self.rows)
+        further = {name: "max" if name == "accuracy" else "min" for name in wanted if name not in self.objectives}
+        front = Front.of(self.rows, {**self.objectives, **further}) if further else self
+        return pick(front.to_pandas(), **limits)
+
+    def to_json(self) -> str:
+        """A JSON array, a line for each point: the columns of `to_pandas`, `bits` in full, what is missing as null."""
+        points = self._points(self.on_front).to_dict(orient="records")
+        lines = [
+            json.dumps({name: _plain(value) for name, value in point.items()}, allow_nan=False) for point in points
+        ]
+        return "[\n" + ",\n".join(lines) + "\n]" if lines else "[]"
+
+    def to_csv(self) -> str:
+        """The frame of `to_pandas` as comma-separated values with a header line."""
+        return self.to_pandas().to_csv(index=False)
+
+    def table(self) -> str:
+        """The front as plain text for a terminal: a header, one line a point, shares in %, sizes in KiB or MiB."""
+        return _aligned(_readable(self.to_pandas()))
+
+    def __len__(self) -> int:
+        return int(self.on_front.sum())
+
+    def __iter__(self) -> Iterator[pd.Series]:
+        """The rows of `to_pandas`, one Series a point."""
+        return (row for _, row in self.to_pandas().iterrows())
+
+    def __repr__(self) -> str:
+        return f"Front({len(self)} of {len(self.rows)} points, {', '.join(self.objectives)})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>" + _readable(self.to_pandas()).to_html(index=False, border=0)
+
+    def _points(self, mask: np.ndarray) -> pd.DataFrame:
+        shown = {name: name in self.rows for name in _OPTIONAL} | {"loss": "loss" in self.objectives}
+        points = self.rows[mask].reindex(columns=[name for name in COLUMNS if shown.get(name, True)])
+        return points.sort_values(
+            ["accuracy", "bops", "size_bytes", "trial"],
+            ascending=[False, True, True, True],
+            kind="stable",
+            ignore_index=True,
+        )
+
+
+def short_bits(bits: Mapping[str, Sequence[int] | None]) -> str:
+    """Widths of a network in one line: `weight/activation` bits of each layer in order, equal neighbours counted.
+
+    Args:
+        bits: layer to (weight bits, activation bits); a layer that is None is not quantized and left out.
+
+    >>> short_bits({"conv1": [8, 8], "conv2": [4, 3], "fc1": [4, 4], "fc2": [8, 8]})
+    '8/8 4/3 4/4 8/8'
+    >>> short_bits({"conv1": [8, 8], "conv2": [4, 4], "conv3": [4, 4], "fc": [8, 8]})
+    '8/8 4/4x2 8/8'
+    >>> short_bits({})
+    'float'
+    """
+    widths = [f"{int(pair[0])}/{int(pair[1])}" for pair in bits.values() if pair is not None]
+    runs = [(width, len(list(same))) for width, same in groupby(widths)]
+    return " ".join(width if count == 1 else f"{width}x{count}" for width, count in runs) or "float"
+
+
+def human_bytes(size: float) -> str:
+    """A number of bytes in the largest unit of which it has at least one.
+
+    >>> human_bytes(512), human_bytes(21811), human_bytes(11_700_000)
+    ('512 B', '21.3 KiB', '11.2 MiB')
+    """
+    power = 3 if size >= 1024**3 else 2 if size >= 1024**2 else 1
+    return f"{size:.0f} B" if size < 1024 else f"{size / 1024**power:.1f} {'KMG'[power - 1]}iB"
+
+
+def human_count(count: float) -> str:
+    """A count with three digits and a decimal unit.
+
+    >>> human_count(999), human_count(1_234_567), human_count(41_200_000_000)
+    ('999', '1.23 M', '41.2 G')
+    """
+    digits = len(f"{count:.0f}")
+    power = min((digits - 1) // 3, 4)
+    return f"{count:.0f}" if power == 0 else f"{_three_digits(count / 1000**power)} {'kMGT'[power - 1]}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _front_mask(rows: pd.DataFrame, objectives: Mapping[str, str]) -> np.ndarray:
+    """Dominance among `rows`; while repeats of one another are left, the later ones leave the contest."""
+    values = pareto.oriented(rows, objectives)
+    contest = np.arange(len(rows))
+    while True:
+        front = contest[pareto.non_dominated(values[contest])]
+        repeats = front[_repeats(rows.iloc[front])]
+        if not repeats.size:
+            mask = np.zeros(len(rows), dtype=bool)
+            mask[front] = True
+            return mask
+        contest = np.setdiff1d(contest, repeats)
+
+
+def _repeats(rows: pd.DataFrame) -> np.ndarray:
+    """Which rows have the digest and the operating point of an earlier row."""
+    if not {"digest", "point"} <= set(rows):
+        return np.zeros(len(rows), dtype=bool)
+    return (rows.duplicated(["digest", "point"]) & rows["digest"].notna()).to_numpy(dtype=bool)
+
+
+def _with_short_bits(points: pd.DataFrame) -> pd.DataFrame:
+    texts = [short_bits(bits) if isinstance(bits, Mapping) else None for bits in points["bits"]]
+    return points.assign(bits=pd.Series(texts, index=points.index, dtype=object))
+
+
+def _plain(value: Any) -> Any:
+    """A value of a frame as JSON has it: widths as lists of integers, numbers as Python's, what is missing as None."""
+    if isinstance(value, Mapping):
+        return {layer: [int(width) for width in pair] for layer, pair in value.items() if pair is not None}
+    if pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _readable(points: pd.DataFrame) -> pd.DataFrame:
+    """The columns that tell points apart, as text with units."""
+    telling = [name for name in ("run", "method", "model", "point") if name in points and points[name].nunique() > 1]
+    text = points[[name for name in ("run", "trial", "point", "method", "model") if name in ("trial", *telling)]].copy()
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "accuracy": ("accuracy", lambda value: f"{100 * value:.2f} %"),
+        "test_accuracy": ("test accuracy", lambda value: f"{100 * value:.2f} %"),
+        "loss": ("loss", lambda value: f"{value:.4g}"),
+        "relative_bops": ("relative BOPs", lambda value: f"{_three_digits(100 * value)} %"),
+        "bops": ("BOPs", human_count),
+        "size_bytes": ("size", human_bytes),
+        "bits": ("bits", _elided),
+        "source": ("source", str),
+    }
+    for name, (title, words) in columns.items():
+        if name in points and points[name].notna().any():
+            text[title] = ["-" if pd.isna(value) else words(value) for value in points[name]]
+    return text.astype(str)
+
+
+def _elided(bits: str) -> str:
+    """The first and the last layers where all of them are too wide for a terminal."""
+    if len(bits) <= _WIDEST_BITS:
+        return bits
+    half = _WIDEST_BITS // 2
+    return f"{bits[:half].rpartition(' ')[0]} … {bits[-half:].partition(' ')[2]}"
+
+
+def _aligned(text: pd.DataFrame) -> str:
+    """Columns padded to their widest entry: numbers to the right, names and widths to the left."""
+    lines = [list(text.columns), *text.to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = {"run", "point", "method", "model", "bits", "source"}
+    pads = [str.ljust if title in left else str.rjust for title in text.columns]
+    return "\n".join(
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)).rstrip()
+        for line in lines
+    )

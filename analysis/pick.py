@@ -1,0 +1,176 @@
+"""Picking one point of a front under limits: the most accurate that fits, or the cheapest that is accurate enough.
+
+Picking is a choice among points that exist, never a compromise between objectives: no weights, no knee.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from analysis.rows import numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limit:
+    """One limit: its argument, the column it bounds, on which side, and how the messages put it into words."""
+
+    argument: str
+    column: str
+    at_most: bool
+    best: str
+    words: Callable[[float], str]
+
+    def met(self, frame: pd.DataFrame, value: float) -> np.ndarray:
+        column = numbers(frame, [self.column])[:, 0]
+        return column <= value if self.at_most else column >= value
+
+    def excess(self, frame: pd.DataFrame, value: float) -> np.ndarray:
+        """By which share of the limit each row misses it; 0 where it is met."""
+        column = numbers(frame, [self.column])[:, 0]
+        missed = column - value if self.at_most else value - column
+        return np.maximum(missed, 0) / max(value, 1e-12)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ")
+
+
+_LIMITS = (
+    _Limit(
+        argument="max_bops",
+        column="bops",
+        at_most=True,
+        best="the cheapest point has",
+        words=lambda value: f"{_count(value)} BOPs",
+    ),
+    _Limit(
+        argument="max_relative_bops",
+        column="relative_bops",
+        at_most=True,
+        best="the cheapest point has",
+        words=lambda value: f"relative BOPs of {value:.4g}",
+    ),
+    _Limit(
+        argument="max_size_bytes",
+        column="size_bytes",
+        at_most=True,
+        best="the smallest point has",
+        words=lambda value: f"{_count(value)} bytes",
+    ),
+    _Limit(
+        argument="min_accuracy",
+        column="accuracy",
+        at_most=False,
+        best="the most accurate point has",
+        words=lambda value: f"accuracy {value:.4f}",
+    ),
+)
+
+
+def pick(
+    front_frame: pd.DataFrame,
+    *,
+    max_bops: float | None = None,
+    max_relative_bops: float | None = None,
+    max_size_bytes: float | None = None,
+    min_accuracy: float | None = None,
+) -> pd.Series:
+    """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
+
+    Ties go to fewer BOPs, then fewer bytes, then higher accuracy, then the smaller trial. A point on a limit fits.
+
+    Args:
+        front_frame: one row a point, with `trial`, `accuracy`, and the columns that the limits bound.
+        max_bops: bit operations of one input, >= 0.
+        max_relative_bops: share of the BOPs at 32 x 32 bits, 0..1.
+        max_size_bytes: bytes as exported, >= 0.
+        min_accuracy: 0..1.
+
+    Raises:
+        ValueError: a limit is negative, not finite, or a share above 1; the frame lacks its column; or nothing fits,
+            and then which limits exclude everything and the point nearest to them.
+    """
+    given = {
+        limit: float(value)
+        for limit, value in zip(_LIMITS, (max_bops, max_relative_bops, max_size_bytes, min_accuracy), strict=True)
+        if value is not None
+    }
+    _check(front_frame, given)
+    fits = _fitting(front_frame, given)
+    if not fits.any():
+        raise ValueError(_why_nothing_fits(front_frame, given))
+    cheapest = [limit.argument for limit in given] == ["min_accuracy"]
+    keys = ["bops", "size_bytes", "accuracy"] if cheapest else ["accuracy", "bops", "size_bytes"]
+    keys = [name for name in [*keys, "trial"] if name in front_frame]
+    ascending = [name != "accuracy" for name in keys]
+    return front_frame[fits].sort_values(keys, ascending=ascending, kind="stable").astype(object).iloc[0]
+
+
+def limited_columns(**limits: float | None) -> list[str]:
+    """Columns that the given arguments of `pick` bound.
+
+    >>> limited_columns(max_bops=4e8, min_accuracy=None)
+    ['bops']
+    """
+    return [limit.column for limit in _LIMITS if limits.get(limit.argument) is not None]
+
+
+def _check(frame: pd.DataFrame, given: dict[_Limit, float]) -> None:
+    if frame.empty:
+        raise ValueError("the front has no points to pick from: no trial is complete")
+    for limit, value in given.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{limit.argument} = {value:g}: give a number >= 0")
+        if limit.column in ("accuracy", "relative_bops") and value > 1:
+            raise ValueError(f"{limit.argument} = {value:g}: give a share within 0..1 (5 % is 0.05)")
+        if limit.column not in frame:
+            raise ValueError(f"{limit.argument} = {value:g}: the points have no column {limit.column}")
+
+
+def _fitting(frame: pd.DataFrame, given: dict[_Limit, float]) -> np.ndarray:
+    fits = np.ones(len(frame), dtype=bool)
+    for limit, value in given.items():
+        fits &= limit.met(frame, value)
+    return fits
+
+
+def _why_nothing_fits(frame: pd.DataFrame, given: dict[_Limit, float]) -> str:
+    """The smallest sets of limits that nothing fits, and the point nearest to them."""
+    for count in range(1, len(given) + 1):
+        binding = [
+            subset
+            for names in combinations(given, count)
+            if not _fitting(frame, subset := {limit: given[limit] for limit in names}).any()
+        ]
+        if binding:
+            break
+    if count == 1:
+        return "; ".join(_best_alone(frame, *next(iter(subset.items()))) for subset in binding)
+    return "; ".join(_nearest_together(frame, subset) for subset in binding)
+
+
+def _best_alone(frame: pd.DataFrame, limit: _Limit, value: float) -> str:
+    column = numbers(frame, [limit.column])[:, 0]
+    best = frame.iloc[np.nanargmin(column) if limit.at_most else np.nanargmax(column)]
+    return f"no point fits {_say(limit, value)}: {limit.best} {limit.words(best[limit.column])} ({_name(best)})"
+
+
+def _nearest_together(frame: pd.DataFrame, given: dict[_Limit, float]) -> str:
+    excess = sum((limit.excess(frame, value) for limit, value in given.items()), np.zeros(len(frame)))
+    nearest = frame.iloc[np.nanargmin(excess)]
+    limits = " and ".join(_say(limit, value) for limit, value in given.items())
+    has = ", ".join(limit.words(nearest[limit.column]) for limit in given)
+    return f"no point fits {limits} together: the nearest has {has} ({_name(nearest)})"
+
+
+def _say(limit: _Limit, value: float) -> str:
+    return f"{limit.argument} = {value:g}" if value < 1 else f"{limit.argument} = {_count(value)}"
+
+
+def _name(row: pd.Series) -> str:
+    trial = f"trial {int(row['trial'])}"
+    return f"run {row['run']}, {trial}" if "run" in row else trial

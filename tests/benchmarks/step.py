@@ -1,0 +1,145 @@
+"""Price of one training step: quantized over plain eager float, same network, same run, one thread, CPU time.
+
+    python -m tests.benchmarks.step [--rounds 30] [--methods lsq,pact,dorefa]
+
+All variants take turns within each round, so a busy machine slows them alike; the table gives medians of CPU time and
+their ratios to the float step. Brevitas joins when it is installed (`pip install ".[benchmarks]"`).
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainables import plugins, quantize
+from trainables.build import build_model
+from trainables.config import parse
+from trainables.cost import LayerTable, uniform
+from trainables.layers import trace
+
+NETWORKS = {"lenet5": ((1, 28, 28), 128, "mnist"), "resnet20": ((3, 32, 32), 32, "cifar10")}
+Step = Callable[[], None]
+
+
+def float_network(name: str) -> tuple[nn.Module, LayerTable]:
+    """The plain network and its layer table."""
+    shape, _, data = NETWORKS[name]
+    model = build_model(parse({"method": "float", "model": name, "data": data}), 10, shape, seed=0)
+    return model, trace(model, shape)
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    """Forward, loss, backward and update, as the training loop does them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def quantized_step(name: str, method: str, bits: int, compiled: str, images: Tensor, labels: Tensor) -> Step:
+    """The step of a method at uniform `bits`, first and last layer at 8."""
+    model, table = float_network(name)
+    plugin = plugins.attribute("methods", method, "Method")
+    instance = plugin(plugin.Settings())
+    instance.prepare(model, table, uniform(table, bits, bits))
+    instance.calibrate(model, images)
+    inner = training_step(torch.compile(model) if compiled == "model" else model, images, labels)
+
+    def step() -> None:
+        quantize.use_compiled(compiled == "quantizers")
+        inner()
+
+    return step
+
+
+def brevitas_step(name: str, bits: int, images: Tensor, labels: Tensor) -> Step:
+    """The same network with Brevitas' quantized layers: learned-scale weights and activations of `bits`."""
+    from brevitas import nn as brevitas_nn
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
+
+    model, table = float_network(name)
+    for row in table.quantizable:
+        layer = model.get_submodule(row.name)
+        width = 8 if row.first or row.last else bits
+        options = {
+            "weight_quant": Int8WeightPerTensorFloat,
+            "weight_bit_width": width,
+            "input_quant": None if row.first else Int8ActPerTensorFloat if row.signed else Uint8ActPerTensorFloat,
+            "bias": layer.bias is not None,
+        }
+        if not row.first:
+            options["input_bit_width"] = width
+        if isinstance(layer, nn.Conv2d):
+            new = brevitas_nn.QuantConv2d(
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,
+                layer.stride,
+                layer.padding,
+                groups=layer.groups,
+                **options,
+            )
+        else:
+            new = brevitas_nn.QuantLinear(layer.in_features, layer.out_features, **options)
+        model.set_submodule(row.name, new)
+    return training_step(model, images, labels)
+
+
+def variants(name: str, methods: list[str]) -> dict[str, Step]:
+    """All steps to compare on one network."""
+    shape, batch, _ = NETWORKS[name]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *shape, generator=generator)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    steps = {"float, eager": training_step(float_network(name)[0], images, labels)}
+    for method in methods:
+        for bits in (2, 4, 8):
+            for compiled in ("off", "quantizers"):
+                label = f"{method} {bits} bits, {'eager' if compiled == 'off' else 'compiled quantizers'}"
+                steps[label] = quantized_step(name, method, bits, compiled, images, labels)
+    steps[f"{methods[0]} 4 bits, compiled model"] = quantized_step(name, methods[0], 4, "model", images, labels)
+    if importlib.util.find_spec("brevitas"):
+        steps["brevitas 4 bits, eager"] = brevitas_step(name, 4, images, labels)
+    return steps
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each step, `rounds` times, interleaved, after three warm-up rounds."""
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for turn in range(rounds + 3):
+        for label, step in steps.items():
+            began = time.process_time()
+            step()
+            if turn >= 3:
+                times[label].append(time.process_time() - began)
+    return times
+
+
+def main() -> None:
+    """Print one table for each network."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--methods", default="lsq")
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in arguments.networks.split(","):
+        times = measure(variants(name, arguments.methods.split(",")), arguments.rounds)
+        floor = statistics.median(times["float, eager"])
+        print(f"\n{name}, batch {NETWORKS[name][1]}, torch {torch.__version__}, 1 thread, {arguments.rounds} rounds")
+        for label, values in times.items():
+            median = statistics.median(values)
+            print(f"  {label:34s} {median * 1e3:8.1f} ms   {median / floor:5.2f}")
+
+
+if __name__ == "__main__":
+    main()

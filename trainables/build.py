@@ -1,0 +1,84 @@
+"""From names to objects: the data set, the model and its layer table that a configuration speaks of."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainables import plugins
+from trainables.config import TrialConfig
+from trainables.cost import LayerTable
+from trainables.errors import ConfigError, PluginError
+from trainables.layers import trace
+from trainables.splits import Splits
+
+_tables: dict[str, LayerTable] = {}
+
+
+def load_data(config: TrialConfig, root: Path | None, *, download: bool = False) -> Splits:
+    """The splits of the configured data set; loaded once a process for each root and settings.
+
+    Raises:
+        DataError: missing, corrupt or misshapen data.
+    """
+    return plugins.attribute("data", config.data.name, "splits")(root, download=download, **config.data.settings)
+
+
+def data_shape(config: TrialConfig) -> tuple[int, tuple[int, int, int]]:
+    """Number of classes and input shape of the configured data set, without loading it.
+
+    A data set whose settings change them defines `shape(settings) -> (classes, input_shape)`.
+    """
+    module = plugins.load("data", config.data.name)
+    if hasattr(module, "shape"):
+        return module.shape(config.data.settings)
+    return (
+        plugins.attribute("data", config.data.name, "CLASSES"),
+        plugins.attribute("data", config.data.name, "INPUT_SHAPE"),
+    )
+
+
+def build_model(config: TrialConfig, classes: int, input_shape: tuple[int, int, int], *, seed: int) -> nn.Module:
+    """The configured network with fresh weights drawn from `seed`; the global random state is left alone.
+
+    A factory of one's own is called with whichever of `classes`, `num_classes` and `input_shape` it takes.
+
+    Raises:
+        ConfigError: the factory refuses its settings.
+    """
+    build = plugins.attribute("models", config.model.name, "build")
+    parameters = inspect.signature(build).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    offered = {"classes": classes, "num_classes": classes, "input_shape": input_shape}
+    given = {name: value for name, value in offered.items() if name in parameters}
+    if not given and takes_any:
+        given = {"num_classes": classes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = build(**given, **config.model.settings)
+        except TypeError as error:
+            raise ConfigError(f"model {config.model.name!r} cannot be built: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise PluginError(f"model {config.model.name!r} made a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def layer_table(config: TrialConfig) -> LayerTable:
+    """The layer table of the configured model on its data set's input shape; traced once a process for each.
+
+    Raises:
+        ConfigError: the model does not accept the input shape.
+    """
+    key = json.dumps([config.tree()["model"], config.tree()["data"]], sort_keys=True)
+    if key not in _tables:
+        classes, shape = data_shape(config)
+        network = build_model(config, classes, shape, seed=0)
+        try:
+            _tables[key] = trace(network, shape)
+        except RuntimeError as error:
+            name = config.model.name
+            raise ConfigError(f"model {name!r} does not accept {config.data.name!r} images {shape}: {error}") from error
+    return _tables[key]

@@ -1,0 +1,105 @@
+"""Checkpoints: one safetensors file each, written atomically, readable without running anybody's code.
+
+Tensors are named `model/...`, `optimizer/INDEX/KEY` and `rng/...`; everything else is JSON in the header.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainables.errors import ConfigError
+
+FILE = "checkpoint.safetensors"
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **state: Any) -> None:
+    """Write a checkpoint over `path` in one atomic step.
+
+    Args:
+        path: file to write; its folder is made.
+        model: its whole state dict is stored.
+        optimizer: its tensors are stored (its hyperparameters belong to the configuration).
+        state: anything JSON can hold.
+    """
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    if optimizer is not None:
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in values.items()}
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    # Tensors of a tied or channels-last model may share or permute memory, which the format does not hold.
+    _write(path, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, state)
+
+
+def copy_weights(source: Path, path: Path, **state: Any) -> None:
+    """Write the model's tensors of the checkpoint `source` to `path`, atomically, without the rest."""
+    tensors, _ = read(source)
+    _write(path, {name: value for name, value in tensors.items() if name.startswith("model/")}, state)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and the JSON state.
+
+    Raises:
+        ConfigError: the file is missing, torn, or not of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata.get("state", "{}"))  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ConfigError(f"cannot read checkpoint {path}: {error}") from error
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put model, optimizer and random number generators back as they were saved; the JSON state is returned."""
+    tensors, state = read(path)
+    model.load_state_dict(_part(tensors, "model/"))
+    values: dict[int, dict[str, Tensor]] = {}
+    for name, value in _part(tensors, "optimizer/").items():
+        index, key = name.split("/", 1)
+        values.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load only the model's tensors: a checkpoint of ours, or a plain safetensors state dict.
+
+    Raises:
+        ConfigError: names the first missing, unexpected and misshapen tensors.
+    """
+    tensors, _ = read(path)
+    weights = _part(tensors, "model/") or tensors
+    wanted = model.state_dict()
+    faults = [f"lacks {name}" for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
+    faults += [f"has {name}, which the model lacks" for name in weights if name not in wanted]
+    faults += [
+        f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if faults:
+        raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(faults[:3])} ({len(faults)} in all)")
+    model.load_state_dict(weights, strict=False)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,303 @@
+"""The configuration of one trial: a nested frozen dataclass, a JSON tree, and addresses into it.
+
+The tree is what is written to disk and sent to workers; `parse` turns it into a `TrialConfig` and names everything that
+is wrong with it at once. An address is a path in the tree: `optimizer/lr`, `method/per_channel`, `model/width`,
+`bits/conv1/weight`. A layer may be a shell pattern: `bits/*/weight`, `bits/layer1.*/weight`. A name goes before a pattern, a
+longer pattern before a shorter; the first and the last layer keep 8 bits unless they are named in full. There is no decoder: a search space's parameter names are addresses.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model, with_config
+
+from trainables import plugins
+from trainables.cost import INPUT_BITS, Layer, LayerBits, LayerTable
+from trainables.errors import ConfigError
+
+Tree = dict[str, Any]
+_STRICT = ConfigDict(extra="forbid")
+ENDS_BITS = 8
+"""Width of the first and the last layer unless told otherwise."""
+DEFAULT_BITS = 4
+"""Width of the layers between them unless told otherwise."""
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """How the weights are trained."""
+
+    name: Annotated[Literal["sgd", "adam", "adamw"], Field(description="optimizer")] = "sgd"
+    lr: Annotated[float, Field(gt=0, le=100, description="peak learning rate")] = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd, beta1 of adam")] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="weight decay")] = 1e-4
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="decay to 0 over the trial")] = (
+        "cosine"
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps with rising learning rate")] = 0.0
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long and on what."""
+
+    epochs: Annotated[int, Field(ge=1, le=100_000, description="epochs of a trial")] = 3
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="examples of a step, over all workers")] = 64
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="label smoothing")] = 0.0
+    compile: Annotated[Literal["off", "quantizers", "model"], Field(description="what torch.compile compiles")] = "off"
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The float network that every trial starts from: trained once, or a file, or nothing (epochs = 0)."""
+
+    epochs: Annotated[int, Field(ge=0, le=100_000, description="epochs of the float start; 0: from scratch")] = 5
+    lr: Annotated[float, Field(gt=0, le=100, description="learning rate of the float start")] = 0.05
+    checkpoint: Annotated[str | None, Field(description="safetensors file to start from instead")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A method, a model or a data set: its name and its settings, complete with defaults."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """Everything that decides what a trial computes.
+
+    Attributes:
+        bits: widths by layer name or pattern, as given; `resolve_bits` makes them complete.
+        seed: of weights, order of examples and augmentation, 0..2^31-1.
+    """
+
+    method: Plugin
+    model: Plugin
+    data: Plugin
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    start: Start = Start()
+    bits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    seed: int = 0
+
+    def tree(self) -> Tree:
+        """The JSON form; `parse(config.tree()) == config`."""
+        tree: Tree = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, Plugin):
+                tree[part.name] = {"name": value.name, **value.settings}
+            elif is_dataclass(value) and not isinstance(value, type):
+                tree[part.name] = asdict(value)
+            elif isinstance(value, Mapping):
+                tree[part.name] = {name: dict(widths) for name, widths in value.items()}
+            else:
+                tree[part.name] = value
+        return tree
+
+
+SECTIONS: dict[str, type] = {"optimizer": Optimizer, "training": Training, "start": Start}
+PLUGINS = {"method": "methods", "model": "models", "data": "data"}
+
+
+def merged(tree: Tree, values: Mapping[str, Any]) -> Tree:
+    """A copy of `tree` with values put at their addresses.
+
+    >>> merged({"seed": 0}, {"optimizer/lr": 0.1, "bits/fc/weight": 2})
+    {'seed': 0, 'optimizer': {'lr': 0.1}, 'bits': {'fc': {'weight': 2}}}
+    """
+    copy: Tree = json.loads(json.dumps(tree))
+    for address, value in values.items():
+        *path, last = address.split("/")
+        node = copy
+        for step in path:
+            node = node.setdefault(step, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{address}: {step!r} is a value, not a group of settings")
+        node[last] = value
+    return copy
+
+
+def parse(tree: Mapping[str, Any]) -> TrialConfig:
+    """Validate the JSON form of a configuration.
+
+    Raises:
+        ConfigError: names all faults at once; unknown addresses with their nearest neighbour.
+        PluginError: an unknown method, model or data set.
+    """
+    faults: list[str] = []
+    known = {part.name for part in fields(TrialConfig)}
+    for name in tree:
+        if name not in known:
+            faults.append(f"unknown address {name!r}{plugins.nearest(name, sorted(known))}")
+    parts: dict[str, Any] = {}
+    for name, kind in PLUGINS.items():
+        given = tree.get(name)
+        given = {"name": given} if isinstance(given, str) else dict(given or {})
+        if "name" not in given:
+            faults.append(f"{name}/name is missing: one of {', '.join(plugins.describe(plugins.KINDS[kind]))}")
+            continue
+        settings = {key: value for key, value in given.items() if key != "name"}
+        parts[name] = Plugin(name=given["name"], settings=_settings(name, given["name"], settings, faults))
+    for name, section in SECTIONS.items():
+        parts[name] = _validated(TypeAdapter(section), tree.get(name) or {}, name, _names(section), faults)
+    parts["bits"] = _bits(tree.get("bits") or {}, faults)
+    seed = tree.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        faults.append(f"seed = {seed!r}: an integer from 0 to 2^31 - 1")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return TrialConfig(**parts, seed=seed)
+
+
+def settings_of(kind: str, name: str) -> dict[str, tuple[Any, Any, str]]:
+    """Type, default and description of each setting of a plug-in: address -> (type, default, text)."""
+    return {
+        key: (annotation, default, _description(annotation))
+        for key, (annotation, default) in _plugin_fields(kind, name).items()
+    }
+
+
+def _description(annotation: Any) -> str:
+    for extra in getattr(annotation, "__metadata__", ()):
+        if getattr(extra, "description", None):
+            return str(extra.description)
+    return ""
+
+
+def _plugin_fields(part: str, name: str) -> dict[str, tuple[Any, Any]]:
+    if part == "method":
+        settings = plugins.attribute("methods", name, "Method").Settings
+        return {f.name: (_hint(settings, f.name), f.default) for f in fields(settings)}
+    function = plugins.attribute(PLUGINS[part], name, {"model": "build", "data": "splits"}[part])
+    hints = inspect.get_annotations(function, eval_str=True)
+    return {
+        p.name: (hints.get(p.name, Any), p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "download"
+    }
+
+
+def _hint(owner: type, name: str) -> Any:
+    return inspect.get_annotations(owner, eval_str=True)[name]
+
+
+def _settings(part: str, name: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    known = _plugin_fields(part, name)
+    definitions: dict[str, Any] = {
+        key: (annotation, ... if default is inspect.Parameter.empty else default)
+        for key, (annotation, default) in known.items()
+    }
+    schema = create_model(f"{part}_{name}", __config__=_STRICT, **definitions)
+    value = _validated(TypeAdapter(schema), given, part, list(known), faults)
+    return {} if value is None else value.model_dump(mode="json")
+
+
+def _names(section: type) -> list[str]:
+    return [f.name for f in fields(section)]
+
+
+def _validated(adapter: TypeAdapter[Any], value: Any, where: str, known: list[str], faults: list[str]) -> Any:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        for fault in error.errors():
+            address = "/".join([where, *map(str, fault["loc"])])
+            if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                name = str(fault["loc"][-1])
+                hint = plugins.nearest(name, known) or f"; {where} takes {', '.join(known) or 'no settings'}"
+                faults.append(f"unknown address {address!r}{hint}")
+            else:
+                faults.append(f"{address} = {fault['input']!r}: {fault['msg'].lower()}")
+        return None
+
+
+def _bits(tree: Mapping[str, Any], faults: list[str]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for layer, widths in tree.items():
+        if not isinstance(widths, Mapping):
+            faults.append(f"bits/{layer} = {widths!r}: give bits/{layer}/weight and bits/{layer}/activation")
+            continue
+        for role, width in widths.items():
+            if role not in ("weight", "activation"):
+                faults.append(f"unknown address 'bits/{layer}/{role}': a layer has weight and activation bits")
+            elif not isinstance(width, int) or isinstance(width, bool):
+                faults.append(f"bits/{layer}/{role} = {width!r}: an integer number of bits")
+            else:
+                found.setdefault(layer, {})[role] = width
+    return found
+
+
+def resolve_bits(config: TrialConfig, table: LayerTable) -> dict[str, LayerBits]:
+    """Widths of every quantizable layer: as given by name or pattern, else 8 bits at the ends and 4 between them.
+
+    Raises:
+        ConfigError: a layer that the model does not have, or a width that the method does not take; all faults at once.
+    """
+    if config.method.name == "float":
+        if config.bits:
+            raise ConfigError("method 'float' has no bits; take lsq, pact, dorefa, or leave bits out")
+        return {}
+    method = plugins.attribute("methods", config.method.name, "Method")
+    names = [layer.name for layer in table.quantizable]
+    faults = [
+        f"bits/{name}: model {config.model.name!r} has no such layer{plugins.nearest(name, names)}"
+        for name in config.bits
+        if not any(fnmatchcase(layer, name) for layer in names)
+    ]
+    bits = {}
+    for layer in table.quantizable:
+        weight = _width(config.bits, layer, "weight")
+        activation = INPUT_BITS if layer.first else _width(config.bits, layer, "activation")
+        bits[layer.name] = LayerBits(weight=weight, activation=activation)
+        faults += _width_faults(config, layer, bits[layer.name], method)
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return bits
+
+
+def _width(bits: Mapping[str, Mapping[str, int]], layer: Layer, role: str) -> int:
+    """By name, else by the longest pattern (not at the ends), else the default."""
+    named = bits.get(layer.name, {}).get(role)
+    if named is not None:
+        return named
+    if layer.first or layer.last:
+        return ENDS_BITS
+    patterns = [name for name, widths in bits.items() if role in widths and fnmatchcase(layer.name, name)]
+    return bits[max(patterns, key=len)][role] if patterns else DEFAULT_BITS
+
+
+def _width_faults(config: TrialConfig, layer: Layer, width: LayerBits, method: Any) -> Iterable[str]:
+    name = config.method.name
+    allowed = f"{method.weight_bits.start}..{method.weight_bits.stop - 1}"
+    if width.weight not in method.weight_bits:
+        yield f"bits/{layer.name}/weight = {width.weight}: method {name!r} takes {allowed}{_one_bit(width.weight)}"
+    given = config.bits.get(layer.name, {}).get("activation", INPUT_BITS)
+    if layer.first and given != INPUT_BITS:
+        yield f"bits/{layer.name}/activation = {given}: the network's input has {INPUT_BITS} bits"
+    lowest = max(method.activation_bits.start, 2 if layer.signed else 1)
+    if not layer.first and not lowest <= width.activation < method.activation_bits.stop:
+        allowed = f"{lowest}..{method.activation_bits.stop - 1}"
+        why = " where the layer reads negative values" if lowest > method.activation_bits.start else ""
+        yield f"bits/{layer.name}/activation = {width.activation}: method {name!r} takes {allowed}{why}"
+
+
+def _one_bit(width: int) -> str:
+    return " (use 'dorefa' for 1 bit)" if width == 1 else ""
+
+
+def digest(config: TrialConfig, bits: Mapping[str, LayerBits]) -> str:
+    """16 hexadecimal digits that two configurations share when they compute the same: bits complete, order ignored."""
+    tree = config.tree()
+    tree["bits"] = {name: [width.weight, width.activation] for name, width in bits.items()}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

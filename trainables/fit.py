@@ -1,0 +1,280 @@
+"""The training loop, as a generator: one `Report` an epoch. Whoever iterates decides what to do with it.
+
+The same loop trains every method, alone or on several ranks (`world`), on CPU or GPU. Everything random comes from the
+configuration's seed, so a trial gives the same numbers in whichever process and order it runs. Given a folder, each
+epoch ends in an atomic checkpoint, and a later call with that folder goes on from it; an epoch that was saved but
+perhaps never delivered is reported again.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainables import checkpoint, plugins, quantize, world
+from trainables.build import build_model, load_data
+from trainables.config import TrialConfig, resolve_bits
+from trainables.cost import LayerTable, bops, relative_bops, size_bytes
+from trainables.errors import DivergedError
+from trainables.layers import trace
+from trainables.method import Method, Point
+from trainables.splits import Split
+
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointReport:
+    """What one operating point reaches on the validation split, and what it costs.
+
+    Attributes:
+        accuracy: top-1, 0..1.
+        loss: mean cross-entropy.
+        bops: bit operations of one input.
+        relative_bops: over those of the network at 32 x 32 bits, 0..1.
+        size_bytes: as exported.
+        bits: layer -> [weight bits, activation bits].
+    """
+
+    label: str
+    accuracy: float
+    loss: float
+    bops: int
+    relative_bops: float
+    size_bytes: int
+    bits: dict[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One epoch.
+
+    Attributes:
+        epoch: 1, 2, ... epochs.
+        epochs: how many there will be.
+        train_loss: mean over the epoch's steps.
+        seconds: wall time of the epoch, evaluation included.
+        first_step_at: Unix time of the trial's first optimizer step in this process.
+        points: one for each operating point.
+    """
+
+    epoch: int
+    epochs: int
+    train_loss: float
+    seconds: float
+    first_step_at: float
+    points: list[PointReport]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON tree; `Report.from_json` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Report":
+        """The inverse of `to_json`."""
+        return cls(**{**tree, "points": [PointReport(**point) for point in tree["points"]]})
+
+
+class Session:
+    """One trial in memory: model, method, data, optimizer. `fit` drives it; evaluation of a saved trial reuses it.
+
+    Args:
+        config: what to train.
+        data_root: where the data set lies.
+        start: float weights to start from.
+        device: where to train.
+    """
+
+    def __init__(
+        self, config: TrialConfig, *, data_root: Path | None = None, start: Path | None = None, device: str = "cpu"
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        torch.manual_seed(config.seed)
+        quantize.use_compiled(config.training.compile == "quantizers")
+        self.data = load_data(config, data_root)
+        self.model = build_model(config, self.data.classes, self.data.input_shape, seed=config.seed)
+        self.table: LayerTable = trace(self.model, self.data.input_shape)
+        self.bits = resolve_bits(config, self.table)
+        if start is not None:
+            checkpoint.load_weights(start, self.model)
+        self.method = self._method()
+        self.method.prepare(self.model, self.table, self.bits)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.forward = torch.compile(self.model) if config.training.compile == "model" else self.model
+
+    def _method(self) -> Method:
+        found = plugins.attribute("methods", self.config.method.name, "Method")
+        smoothing = self.config.training.label_smoothing
+        return found(found.Settings(**self.config.method.settings), label_smoothing=smoothing)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimizer over the method's parameter groups."""
+        settings = self.config.optimizer
+        groups = [dict(group) for group in self.method.groups(self.model)]
+        for group in groups:
+            group.setdefault("lr_factor", 1.0)
+            group["initial_lr"] = settings.lr * group["lr_factor"]
+            group["lr"] = group["initial_lr"]
+        if settings.name == "sgd":
+            return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+        return kind(groups, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay, fused=True)
+
+    def calibrate(self) -> None:
+        """Let the method set its scales from the first training batch."""
+        images, _ = next(self.batches(epoch=0))
+        self.method.calibrate(self.model, images)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the training batches of one epoch."""
+        batches = self.data.train.batches(
+            self.config.training.batch_size,
+            device=self.device,
+            seed=self.config.seed * 1_000_003 + epoch,
+            augment=True,
+            rank=world.rank(),
+            world=world.size(),
+        )
+        for images, labels in batches:
+            yield images.contiguous(memory_format=torch.channels_last), labels
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; an incomplete last batch is dropped unless it is the only one."""
+        return max(1, len(self.data.train) // self.config.training.batch_size)
+
+    def measure(self, split: Split) -> list[PointReport]:
+        """Evaluate every operating point on a split."""
+        return [self._measured(point, split) for point in self.method.points(self.model)]
+
+    def _measured(self, point: Point, split: Split) -> PointReport:
+        point.activate()
+        accuracy, loss = evaluate(self.forward, split, self.device)
+        return PointReport(
+            label=point.label,
+            accuracy=accuracy,
+            loss=loss,
+            bops=bops(self.table, point.bits),
+            relative_bops=relative_bops(self.table, point.bits),
+            size_bytes=size_bytes(self.table, point.bits, extra_floats=point.extra_floats),
+            bits={name: [width.weight, width.activation] for name, width in point.bits.items()},
+        )
+
+
+def fit(
+    config: TrialConfig,
+    *,
+    data_root: Path | None = None,
+    start: Path | None = None,
+    folder: Path | None = None,
+    device: str = "cpu",
+) -> Iterator[Report]:
+    """Train one trial and yield a report after each epoch.
+
+    Args:
+        config: what to train.
+        data_root: where the data set lies.
+        start: float weights to start from (`start.float_start` makes them).
+        folder: where the trial's checkpoint is kept and looked for; None keeps nothing.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        ConfigError, DataError, PluginError: before anything is trained.
+        DivergedError: the loss is no longer finite.
+    """
+    session = Session(config, data_root=data_root, start=start, device=device)
+    optimizer = session.optimizer()
+    path = None if folder is None else folder / checkpoint.FILE
+    done = 0
+    if path is not None and path.exists():
+        state = checkpoint.restore(path, session.model, optimizer)
+        done = state["epoch"]
+        yield Report.from_json(state["report"])
+    else:
+        session.calibrate()
+    first_step_at = 0.0
+    for epoch in range(done + 1, config.training.epochs + 1):
+        began = time.perf_counter()
+        first_step_at = first_step_at or time.time()
+        train_loss = _train(session, optimizer, epoch)
+        world.average(b for name, b in session.model.named_buffers() if "running_" in name)
+        if session.method.after_epoch(session.model, epoch):
+            optimizer = session.optimizer()
+        points = session.measure(session.data.validation)
+        report = Report(
+            epoch=epoch,
+            epochs=config.training.epochs,
+            train_loss=train_loss,
+            seconds=time.perf_counter() - began,
+            first_step_at=first_step_at,
+            points=points,
+        )
+        if path is not None and world.rank() == 0:
+            checkpoint.save(path, session.model, optimizer, epoch=epoch, report=report.to_json(), config=config.tree())
+        yield report
+
+
+def _train(session: Session, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+    """One epoch of steps; the mean loss, over all ranks."""
+    steps = session.steps_per_epoch()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    session.model.train()
+    total = torch.zeros((), device=session.device)
+    for step, (images, labels) in enumerate(session.batches(epoch)):
+        factor = learning_rate_factor(session.config, (epoch - 1) * steps + step, session.config.training.epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        for loss in session.method.losses(session.forward, images, labels):
+            loss.backward()
+            total += loss.detach()
+        world.average(p.grad for p in parameters if p.grad is not None)
+        optimizer.step()
+        session.method.after_step(session.model)
+    mean = float(world.mean(total)) / steps
+    if not math.isfinite(mean):
+        raise DivergedError(f"loss is {mean} after epoch {epoch} (optimizer/lr = {session.config.optimizer.lr:g})")
+    return mean
+
+
+def learning_rate_factor(config: TrialConfig, step: int, steps: int) -> float:
+    """What the peak learning rate is multiplied by at `step` of `steps`: a linear rise, then the schedule's decay."""
+    warmup = round(config.optimizer.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[config.optimizer.schedule]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, device: torch.device) -> tuple[float, float]:
+    """Top-1 accuracy (0..1) and mean cross-entropy of a model on a whole split, over all ranks.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in split.batches(
+        EVALUATION_BATCH, device=device, seed=None, augment=False, rank=world.rank(), world=world.size()
+    ):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        sums[0] += (logits.argmax(1) == labels).sum()
+        sums[1] += functional.cross_entropy(logits, labels, reduction="sum")
+        sums[2] += len(labels)
+    model.train(training)
+    correct, loss, count = world.total(sums).tolist()
+    if not math.isfinite(loss):
+        raise DivergedError(f"validation loss is {loss}")
+    return correct / count, loss / count

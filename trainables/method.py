@@ -1,0 +1,124 @@
+"""The protocol of a quantization method: hooks that the training loop calls, each with a default.
+
+| hook | does |
+|---|---|
+| `prepare` | swaps modules, sets initial scales |
+| `groups` | parameter groups by role: weights, scales, clip levels, gates |
+| `losses` | a generator of losses; the loop calls backward on each, then makes one step |
+| `after_step`, `after_epoch` | changes the model between steps, between epochs |
+| `freeze` | ends the search phase: widths are fixed from here |
+| `points` | the operating points to evaluate: one for most methods, one per width for switchable networks |
+
+A method is a file in `trainables/methods` with a class `Method` that derives from this one and a frozen dataclass
+`Settings`, whose fields are addresses (`method/per_channel`) and command-line help at once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainables import modules
+from trainables.cost import INPUT_BITS, Bits, Layer, LayerBits, LayerTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One operating point of a trained model.
+
+    Attributes:
+        label: `final` for methods with one point, else what tells the points apart (`4-bit`).
+        bits: widths by layer; a layer without is float.
+        activate: switches the model to this point.
+        extra_floats: scales and the like that the point stores (None: the convention of `cost.size_bytes`).
+    """
+
+    label: str
+    bits: Bits
+    activate: Callable[[], None] = lambda: None
+    extra_floats: int | None = None
+
+
+class Method:
+    """Base of all methods; see the module's table of hooks."""
+
+    weight_bits: ClassVar[range] = range(2, 9)
+    activation_bits: ClassVar[range] = range(2, 9)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        """No settings."""
+
+    def __init__(self, settings: Any, *, label_smoothing: float = 0.0) -> None:
+        self.settings = settings
+        self.label_smoothing = label_smoothing
+
+    def prepare(self, model: nn.Module, table: LayerTable, bits: Bits) -> None:
+        """Make `model` trainable at `bits`, in place. By default every layer gets the two quantizers of the method."""
+        for row in table.quantizable:
+            width = bits[row.name]
+            reads = None if row.first else self.input_quantizer(row, width.activation)
+            modules.replace(model, row, self.weight_quantizer(row, width.weight), reads)
+
+    def weight_quantizer(self, row: Layer, bits: int) -> modules.Quantizer:
+        """The quantizer of one layer's weights."""
+        raise NotImplementedError(f"{type(self).__module__} defines neither prepare nor weight_quantizer")
+
+    def input_quantizer(self, row: Layer, bits: int) -> modules.Quantizer:
+        """The quantizer of what one layer reads. The network's input has none: pixels are 8-bit codes already."""
+        raise NotImplementedError(f"{type(self).__module__} defines neither prepare nor input_quantizer")
+
+    def calibrate(self, model: nn.Module, images: Tensor) -> None:
+        """Set initial scales from one batch of training images."""
+        modules.calibrate(model, images)
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups; `lr_factor` multiplies the learning rate, other keys go to the optimizer."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
+        """Losses of one step, each with a graph of its own."""
+        yield functional.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
+
+    def after_step(self, model: nn.Module) -> None:
+        """What follows each optimizer step; by default nothing."""
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> bool:
+        """What follows each epoch (1, 2, ...); True when the optimizer must be rebuilt."""
+        return False
+
+    def freeze(self, model: nn.Module) -> None:
+        """End the search phase; by default there is none."""
+
+    def points(self, model: nn.Module) -> list[Point]:
+        """Operating points of the model as it stands; by default one, with the widths of its quantizers."""
+        scales = [p for name, p in model.named_parameters() if is_quantizer_parameter(name)]
+        return [Point(label="final", bits=read_bits(model), extra_floats=self.stored_floats(model, scales))]
+
+    def stored_floats(self, model: nn.Module, scales: list[nn.Parameter]) -> int:
+        """How many floats the quantizers store in an export: by default their parameters."""
+        return sum(p.numel() for p in scales)
+
+
+def is_quantizer_parameter(name: str) -> bool:
+    """Whether a parameter's name says that it belongs to a quantizer."""
+    return "_quantizer." in name
+
+
+def read_bits(model: nn.Module) -> Mapping[str, LayerBits]:
+    """Widths of all quantized layers, read from their quantizers."""
+    return {
+        name: LayerBits(
+            weight=layer.weight_quantizer.bits,
+            activation=INPUT_BITS if layer.input_quantizer is None else layer.input_quantizer.bits,
+        )
+        for name, layer in modules.quantized_layers(model)
+    }
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters of the quantizers, and all others."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [p for n, p in named if is_quantizer_parameter(n)], [p for n, p in named if not is_quantizer_parameter(n)]

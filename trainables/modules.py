@@ -1,0 +1,178 @@
+"""Quantized convolution and linear layers, and the quantizer that they hold two of.
+
+A quantized layer quantizes what it reads, then its weights, and computes as before. It takes over the parameters of the
+layer that it replaces, so the state dict of the float network loads into the quantized one.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trainables.cost import Layer
+
+
+class Quantizer(nn.Module):
+    """A map from a tensor to what its integer codes stand for. Its width is data: two buffers, never a branch.
+
+    Attributes:
+        q_min: smallest code; shape ().
+        q_max: largest code; shape ().
+        signed: whether codes below zero exist; a property of the tensor's place in the network, not of the width.
+    """
+
+    q_min: Tensor
+    q_max: Tensor
+
+    def __init__(self, bits: int, *, signed: bool, symmetric: bool = False) -> None:
+        super().__init__()
+        self.signed = signed
+        self.symmetric = symmetric
+        self.register_buffer("q_min", torch.zeros(()))
+        self.register_buffer("q_max", torch.zeros(()))
+        self.set_bits(bits)
+
+    def set_bits(self, bits: int) -> None:
+        """Change the width to `bits` >= 1, in place, without a new graph."""
+        if self.signed:
+            self.q_max.fill_(max(2 ** (bits - 1) - 1, 1))
+            self.q_min.copy_(-self.q_max if self.symmetric else -self.q_max - 1)
+        else:
+            self.q_max.fill_(2**bits - 1)
+            self.q_min.zero_()
+
+    @property
+    def bits(self) -> int:
+        """Width in bits; reads the buffers, so not for the hot loop."""
+        return math.ceil(math.log2(float(self.q_max - self.q_min) + 1))
+
+    def calibrate(self, x: Tensor) -> None:
+        """Set initial scales from the first tensor seen; nothing by default."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized `x`, same shape."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it quantizes")
+
+
+class _QuantizedLayer(nn.Module):
+    """What the two quantized layers share: the quantizers, and the layer's row in the table."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    def _take(self, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
+        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.train(layer.training)
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            x if self.input_quantizer is None else self.input_quantizer(x),
+            self.weight_quantizer(self.weight),
+        )
+
+
+class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
+    """A convolution whose input and weights are quantized; bias and accumulation stay float."""
+
+    def __init__(self, layer: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
+        nn.Conv2d.__init__(
+            self,
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+        self._take(layer, weight_quantizer, input_quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes as in `nn.Conv2d`."""
+        x, weight = self._quantized(x)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class QuantizedLinear(_QuantizedLayer, nn.Linear):
+    """A linear layer whose input and weights are quantized; bias and accumulation stay float."""
+
+    def __init__(self, layer: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
+        nn.Linear.__init__(self, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self._take(layer, weight_quantizer, input_quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes as in `nn.Linear`."""
+        x, weight = self._quantized(x)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+QuantizedLayer = QuantizedConv2d | QuantizedLinear
+
+
+def replace(
+    model: nn.Module, row: Layer, weight_quantizer: Quantizer, input_quantizer: Quantizer | None
+) -> QuantizedLayer:
+    """Put a quantized layer in the place of the one named `row.name`, with the same parameters.
+
+    Raises:
+        TypeError: the layer is neither a convolution nor a linear layer.
+    """
+    layer = model.get_submodule(row.name)
+    new: QuantizedLayer
+    if isinstance(layer, nn.Conv2d):
+        new = QuantizedConv2d(layer, weight_quantizer, input_quantizer)
+    elif isinstance(layer, nn.Linear):
+        new = QuantizedLinear(layer, weight_quantizer, input_quantizer)
+    else:
+        raise TypeError(f"{row.name} is a {type(layer).__name__}; only Conv2d and Linear can be quantized")
+    model.set_submodule(row.name, new)
+    return new
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Names and modules of all quantized layers, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedConv2d | QuantizedLinear):
+            yield name, module
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor) -> None:
+    """Let every quantizer set its scales from one batch, layer after layer, each seeing quantized inputs already.
+
+    Batch norm runs on batch statistics, and its running statistics are left as they were.
+
+    Args:
+        model: with quantized layers.
+        images: one batch of the network's input, (batch, channels, height, width).
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta, training = [norm.momentum for norm in norms], model.training
+    hooks = []
+    for _, layer in quantized_layers(model):
+        layer.weight_quantizer.calibrate(layer.weight)
+        if layer.input_quantizer is not None:
+            hooks.append(
+                layer.input_quantizer.register_forward_pre_hook(lambda quantizer, args: quantizer.calibrate(args[0]))
+            )
+    counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
+    for norm in norms:
+        norm.momentum = 0.0
+    model.train()
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for norm, count in zip((n for n in norms if n.num_batches_tracked is not None), counts, strict=True):
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+        model.train(training)

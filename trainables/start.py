@@ -1,0 +1,104 @@
+"""The shared float start: one float network for all trials of a sweep that have the same model, data and seed.
+
+Whichever trial needs it first trains it, under a file lock; the others wait and load. What is trained depends on the
+configuration alone, so it does not matter who does it.
+"""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import filelock
+import torch
+import torch.distributed as dist
+
+from trainables import checkpoint, world
+from trainables.config import Plugin, TrialConfig, digest
+from trainables.errors import ConfigError
+from trainables.fit import fit
+
+POLL_S = 0.2
+
+
+def start_config(config: TrialConfig) -> TrialConfig:
+    """The configuration of the float network that `config` starts from."""
+    return replace(
+        config,
+        method=Plugin(name="float"),
+        bits={},
+        optimizer=replace(config.optimizer, lr=config.start.lr),
+        training=replace(config.training, epochs=max(1, config.start.epochs), compile="off"),
+        start=replace(config.start, checkpoint=None),
+    )
+
+
+def float_start(config: TrialConfig, folder: Path, *, data_root: Path | None = None, device: str = "cpu") -> Path | None:
+    """Path of the float weights that a trial starts from; trained now if nobody has. None: from scratch.
+
+    Args:
+        config: of the trial.
+        folder: where the sweep keeps its float starts.
+        data_root: where the data set lies.
+        device: where to train.
+
+    Raises:
+        ConfigError: `start/checkpoint` does not exist.
+    """
+    if config.method.name == "float":
+        return None
+    if config.start.checkpoint is not None:
+        path = Path(config.start.checkpoint)
+        if not path.is_file():
+            raise ConfigError(f"start/checkpoint = {path}: no such file; give a safetensors file or leave it out")
+        return path
+    if config.start.epochs == 0:
+        return None
+    wanted = start_config(config)
+    path = folder / f"{digest(wanted, {})}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_suffix(".lock"))
+    while not _ready(path):
+        if not _acquired(lock):
+            time.sleep(POLL_S)
+            continue
+        try:
+            if not _ready(path):
+                _train(wanted, path, data_root, device)
+        finally:
+            lock.release()
+    return path
+
+
+def _train(config: TrialConfig, path: Path, data_root: Path | None, device: str) -> None:
+    scratch = path.with_suffix(".training")
+    history = [report.to_json() for report in fit(config, data_root=data_root, folder=scratch, device=device)]
+    if world.rank() == 0:
+        checkpoint.copy_weights(scratch / checkpoint.FILE, path, history=history, config=config.tree())
+        shutil.rmtree(scratch)
+    world.barrier()
+
+
+def _ready(path: Path) -> bool:
+    """Whether rank 0 sees the file; all ranks hear the same answer."""
+    return _agreed(path.exists())
+
+
+def _acquired(lock: filelock.BaseFileLock) -> bool:
+    """Whether rank 0 got the lock; all ranks hear the same answer."""
+    got = False
+    if world.rank() == 0:
+        try:
+            lock.acquire(blocking=False)
+            got = True
+        except filelock.Timeout:
+            got = False
+    return _agreed(got)
+
+
+def _agreed(value: bool) -> bool:
+    if world.size() == 1:
+        return value
+    answer = torch.tensor(int(value))
+    dist.broadcast(answer, src=0)
+    return bool(answer)
