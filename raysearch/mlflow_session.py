@@ -94,6 +94,7 @@ class Session:
         self.runs: dict[int, str] = {}
         self.tagged: set[int] = set()
         self.interrupted: set[int] = set()
+        self._look_around()
         self.records: list[Line] = []
         self.trained: set[int] = set()
         records_sent, epochs_sent = self.progress.records_sent, self.progress.epochs_sent

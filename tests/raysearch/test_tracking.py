@@ -249,6 +249,38 @@ def test_a_search_for_the_loss_has_a_summary_without_hypervolume(run: Path) -> N
     assert runs_of(client_of(run))["summary"].data.metrics == {}
 
 
+def test_each_trial_gives_one_hypervolume_even_when_a_larger_network_rescales_the_earlier_ones(run: Path) -> None:
+    (run / "sweep.json").write_text(json.dumps(SWEEP | {"objectives": {"accuracy": "max", "size_bytes": "min"}}))
+    mirror_once(run)
+    client = client_of(run)
+    before = history(client, runs_of(client)["summary"], "hypervolume")
+    append(run, "records.jsonl", record(6, 0.99, 5000))
+    mirror_once(run)
+    after = history(client, runs_of(client)["summary"], "hypervolume")
+    assert [step for step, _, _ in after] == [1, 2, 3, 4, 5]
+    assert after[:4] == before
+
+
+def test_a_sweep_that_is_extended_keeps_its_first_settings_and_goes_on(run: Path) -> None:
+    mirror_once(run)
+    (run / "sweep.json").write_text(json.dumps(SWEEP | {"trials": 8, "workers": 2}))
+    append(run, "records.jsonl", record(6, 0.99, 50))
+    assert mirror_once(run).error is None
+    summary = runs_of(client_of(run))["summary"]
+    assert (summary.data.params["trials"], summary.data.params["workers"], summary.info.status) == ("6", "2", "KILLED")
+    assert "| 6 | 99.00% | 50 | 8/8 4/3 |" in summary.data.tags["mlflow.note.content"]
+
+
+def test_a_second_run_of_a_trial_made_by_a_lost_answer_is_removed(run: Path) -> None:
+    mirror_once(run)
+    client = client_of(run)
+    before = everything(client)
+    twin = runs_of(client)["trial-0001"]
+    client.create_run(twin.info.experiment_id, 0, {**twin.data.tags, "pareto": "false"}, twin.info.run_name)
+    assert mirror_once(run).complete
+    assert everything(client) == before
+
+
 def test_mirroring_again_changes_nothing(run: Path) -> None:
     mirror_once(run)
     before = everything(client_of(run))

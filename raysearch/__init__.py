@@ -1,0 +1,33 @@
+"""raysearch finds the best quantized networks: QAT on Ray, search with Optuna, the Pareto front in MLflow.
+
+    import raysearch
+
+    sweep = raysearch.Sweep(method="lsq", model="lenet5", data="digits", trials=24)
+    result = raysearch.run(sweep, out="runs/first")
+    front = result.front()
+    front.pick(max_size_bytes=60_000)
+
+Heavy libraries are imported where they are used, so that `raysearch --help` is instant.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Result", "Sweep", "load", "resume", "run", "train"]
+
+_HOMES = {
+    "Sweep": "raysearch.sweep",
+    "Result": "raysearch.result",
+    "load": "raysearch.result",
+    "run": "raysearch.driver",
+    "resume": "raysearch.driver",
+    "train": "raysearch.single",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raysearch' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

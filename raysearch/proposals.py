@@ -1,0 +1,194 @@
+"""What to try before a sampler knows anything, and what a proposal costs before it is trained.
+
+The first proposals of any bit-width sweep are the uniform configurations: alone they beat a thousand trials of a
+generic sampler on per-layer problems, and with them no front is worse than uniform bits. Diagonal ones (weights and
+activations alike) come first, then the rest, nearest to the diagonal first; together at most half of the trials, but
+always the diagonal.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from trainables.build import layer_table
+from trainables.config import digest, parse, resolve_bits
+from trainables.cost import bops, relative_bops, size_bytes
+
+if TYPE_CHECKING:
+    from raysearch.sweep import Sweep
+
+Space = Mapping[str, BaseDistribution]
+ORDER = (8, 2, 4, 3, 6, 5, 7)
+"""Widths in the order in which uniform configurations are tried: the ends of a front first."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a configuration, known before training for fixed-width methods.
+
+    Attributes:
+        digest: of the resolved configuration; equal for equal computations.
+        bits: layer -> [weight bits, activation bits].
+    """
+
+    digest: str
+    bops: int
+    relative_bops: float
+    size_bytes: int
+    bits: dict[str, list[int]]
+
+    def over(self, sweep: "Sweep") -> str:
+        """Which limit of the sweep this breaks, in words; empty if none."""
+        limits = (
+            (self.bops, sweep.max_bops, "BOPs"),
+            (self.relative_bops, sweep.max_relative_bops, "relative BOPs"),
+            (self.size_bytes, sweep.max_size_bytes, "bytes"),
+        )
+        broken = [f"{have:.6g} {unit} (limit {limit:.6g})" for have, limit, unit in limits if limit and have > limit]
+        return ", ".join(broken)
+
+
+def cost_of(tree: dict[str, Any]) -> Cost:
+    """Cost of a configuration's JSON tree.
+
+    Raises:
+        ConfigError: the tree is no valid configuration.
+    """
+    config = parse(tree)
+    table = layer_table(config)
+    bits = resolve_bits(config, table)
+    return Cost(
+        digest=digest(config, bits),
+        bops=bops(table, bits),
+        relative_bops=relative_bops(table, bits),
+        size_bytes=size_bytes(table, bits),
+        bits={name: [width.weight, width.activation] for name, width in bits.items()},
+    )
+
+
+def uniform_proposals(space: Space, base: Mapping[str, Any], trials: int) -> list[dict[str, Any]]:
+    """Uniform configurations of a space over bits, in the order to try them; none if it has no bits.
+
+    Args:
+        space: distributions by address; those outside of `bits/` stay at the base configuration's value.
+        base: JSON tree of the base configuration.
+        trials: how many trials there will be.
+    """
+    weights = [name for name in space if name.startswith("bits/") and name.endswith("/weight")]
+    activations = [name for name in space if name.startswith("bits/") and name.endswith("/activation")]
+    if not weights and not activations:
+        return []
+    rest = {name: _centre(d, _lookup(base, name)) for name, d in space.items() if name not in weights + activations}
+    widths = _widths(space)
+    pairs = sorted(
+        ((w, a) for w in (widths if weights else widths[:1]) for a in (widths if activations else widths[:1])),
+        key=lambda pair: (abs(pair[0] - pair[1]), _rank(pair[0]), _rank(pair[1])),
+    )
+    diagonal = sum(w == a for w, a in pairs)
+    proposals = [
+        {
+            **{name: _nearest_width(space[name], w) for name in weights},
+            **{name: _nearest_width(space[name], a) for name in activations},
+            **rest,
+        }
+        for w, a in pairs[: max(diagonal, trials // 2)]
+    ]
+    return [p for i, p in enumerate(proposals) if p not in proposals[:i]]
+
+
+def _rank(width: int) -> int:
+    return ORDER.index(width) if width in ORDER else len(ORDER) + width
+
+
+def _widths(space: Space) -> list[int]:
+    """Every width that some layer can have."""
+    found: set[int] = set()
+    for name, distribution in space.items():
+        if name.startswith("bits/"):
+            found.update(int(value) for value in choices(distribution, limit=64))
+    return sorted(found, key=_rank)
+
+
+def _nearest_width(distribution: BaseDistribution, width: int) -> int:
+    return min((int(value) for value in choices(distribution, limit=64)), key=lambda value: (abs(value - width), value))
+
+
+def choices(distribution: BaseDistribution, *, limit: int) -> list[Any]:
+    """The values of a distribution, or its ends if it is continuous or has more than `limit`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        values = range(distribution.low, distribution.high + 1, distribution.step)
+        return list(values) if len(values) <= limit else [distribution.low, distribution.high]
+    if isinstance(distribution, FloatDistribution):
+        return [distribution.low, distribution.high]
+    raise TypeError(f"unknown distribution {distribution!r}")
+
+
+def _lookup(tree: Mapping[str, Any], address: str) -> Any:
+    node: Any = tree
+    for step in address.split("/"):
+        node = node.get(step) if isinstance(node, Mapping) else None
+    return node
+
+
+def _centre(distribution: BaseDistribution, value: Any) -> Any:
+    """The base configuration's value if the distribution contains it, else the middle of its range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value if value in distribution.choices else distribution.choices[0]
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    low, high = distribution.low, distribution.high
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    middle = (low * high) ** 0.5 if distribution.log else (low + high) / 2
+    return round(middle) if isinstance(distribution, IntDistribution) else middle
+
+
+def corners(space: Space) -> Iterator[dict[str, Any]]:
+    """The lowest and the highest values, and each choice of each categorical parameter beside the lowest."""
+    low = {name: choices(d, limit=64)[0] for name, d in space.items()}
+    yield low
+    yield {name: choices(d, limit=64)[-1] for name, d in space.items()}
+    for name, distribution in space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            for choice in distribution.choices[1:]:
+                yield {**low, name: choice}
+
+
+def cheapest(space: Space) -> dict[str, Any]:
+    """The configuration with the fewest bits; other parameters at their lowest value."""
+    return {
+        name: min(choices(d, limit=64)) if name.startswith("bits/") else choices(d, limit=64)[0]
+        for name, d in space.items()
+    }
+
+
+def cardinality(space: Space) -> float:
+    """Number of configurations; infinite with a continuous parameter."""
+    total = 1.0
+    for distribution in space.values():
+        if isinstance(distribution, FloatDistribution):
+            total *= float("inf") if distribution.step is None else 1 + (
+                (distribution.high - distribution.low) // distribution.step
+            )
+        else:
+            total *= len(choices(distribution, limit=10**9))
+    return total
+
+
+def random_values(space: Space, generator: random.Random) -> dict[str, Any]:
+    """One random configuration."""
+    values = {}
+    for name, distribution in space.items():
+        if isinstance(distribution, FloatDistribution):
+            low, high = distribution.low, distribution.high
+            u = generator.random()
+            values[name] = low * (high / low) ** u if distribution.log else low + (high - low) * u
+        else:
+            values[name] = generator.choice(choices(distribution, limit=10**9))
+    return values
+
+

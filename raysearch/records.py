@@ -1,0 +1,158 @@
+"""The run folder: append-only records on disk, which everything else is derived from.
+
+    RUN/sweep.json      the question, resolved: `raysearch sweep --from` repeats it
+    RUN/records.jsonl   one line for each (trial, operating point) that ended, and one for each trial without a point
+    RUN/epochs.jsonl    one line for each epoch of each trial, as it happens
+    RUN/tests.jsonl     test accuracy of picked points, computed once
+    RUN/study.db        the Optuna study
+    RUN/trials/00007/   checkpoint of a trial
+    RUN/starts/         float networks that trials start from
+    RUN/mlflow.db       the MLflow mirror, unless it lives elsewhere
+
+A line counts when it ends in a newline. A process may be killed while it writes one: the torn end is not read, and cut
+off before the next line is written.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysearch.errors import RecordError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def sweep(self) -> Path:
+        """The resolved sweep."""
+        return self.path / "sweep.json"
+
+    @property
+    def records(self) -> Path:
+        """The records."""
+        return self.path / "records.jsonl"
+
+    @property
+    def epochs(self) -> Path:
+        """The epochs as they happened."""
+        return self.path / "epochs.jsonl"
+
+    @property
+    def tests(self) -> Path:
+        """Test accuracies."""
+        return self.path / "tests.jsonl"
+
+    @property
+    def study(self) -> Path:
+        """The Optuna study, a SQLite file."""
+        return self.path / "study.db"
+
+    @property
+    def starts(self) -> Path:
+        """Float networks."""
+        return self.path / "starts"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the driver while it runs."""
+        return self.path / ".lock"
+
+    def trial(self, number: int) -> Path:
+        """Folder of one trial."""
+        return self.path / "trials" / f"{number:05d}"
+
+    def read_sweep(self) -> dict[str, Any]:
+        """The resolved sweep.
+
+        Raises:
+            RecordError: this is no run folder, or one of another version.
+        """
+        try:
+            tree = json.loads(self.sweep.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(f"{self.path} is no run folder: it has no sweep.json") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise RecordError(f"cannot read {self.sweep}: {error}") from error
+        if tree.get("schema") != SCHEMA:
+            raise RecordError(f"{self.sweep} has schema {tree.get('schema')!r}; this version reads {SCHEMA}")
+        return tree
+
+    def read_records(self) -> list[dict[str, Any]]:
+        """All records, in the order they were written, each with the test accuracy that was measured for it."""
+        tests = {(t["trial"], t["point"]): t["test_accuracy"] for t in read_lines(self.tests)}
+        rows = list(read_lines(self.records))
+        for row in rows:
+            measured = tests.get((row["trial"], row.get("point")))
+            if measured is not None:
+                row["test_accuracy"] = measured
+        return rows
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write a JSON file in one atomic step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a log; none if the file does not exist.
+
+    Raises:
+        RecordError: a complete line that is not JSON.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{path}, line {number} is damaged: {error}") from error
+
+
+class Log:
+    """An append-only file of JSON lines with one writer."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending; a torn last line, left by a killed writer, is cut off."""
+        self._file = path.open("ab")
+        with path.open("rb+") as file:
+            end = _end_of_last_line(file)
+            if end < file.seek(0, os.SEEK_END):
+                file.truncate(end)
+
+    def append(self, row: dict[str, Any], *, durable: bool = False) -> None:
+        """Write one line with a single system call; `durable` waits until it is on the disk."""
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _end_of_last_line(file: Any) -> int:
+    """Offset just behind the last newline of a binary file."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0

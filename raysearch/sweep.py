@@ -1,0 +1,201 @@
+"""A sweep: what a person asks for. Frozen, JSON in and out, checked completely before anything expensive starts.
+
+`Sweep` holds the question; `resolve` answers what follows from it without training: the base configuration of a trial,
+the layer table, and the search space.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysearch.errors import SweepError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+    from trainables.config import TrialConfig
+    from trainables.cost import LayerTable
+
+DEFAULT_OBJECTIVES = {"accuracy": "max", "bops": "min", "size_bytes": "min"}
+SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field with a default and its text for `--help`."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The question a sweep answers; each field is a flag of `raysearch sweep`."""
+
+    method: str = _option("lsq", "quantization method: a name (raysearch list methods) or a dotted path")
+    model: str = _option("lenet5", "network: a name, or package.module:factory")
+    data: str = _option("digits", "data set: a name or a dotted path")
+    data_root: str | None = _option(None, "where the data set lies")
+    download: bool = _option(False, "let torchvision download the data set into --data-root")
+    space: str = _option("per_layer", "search space: a name or a dotted path")
+    objectives: dict[str, str] = _option(DEFAULT_OBJECTIVES, "what to search for, as accuracy:max,bops:min,...")
+    trials: int = _option(24, "number of trials")
+    epochs: int = _option(5, "epochs of a trial")
+    workers: int = _option(1, "Ray Train workers of a trial")
+    concurrent: int | None = _option(None, "trials at the same time; default: what the cluster holds")
+    cpus_per_worker: int = _option(1, "CPU cores of a worker")
+    gpus_per_worker: float | None = _option(None, "GPUs of a worker, a share such as 0.25 too; default: 1 if there are any")
+    train: bool = _option(False, "use a Ray Train worker group also for one CPU worker")
+    sampler: str = _option("tpe", f"Optuna sampler behind the uniform proposals: {', '.join(SAMPLERS)}")
+    seed: int = _option(0, "seed of search, weights and data order")
+    max_bops: float | None = _option(None, "never train a configuration over so many BOPs")
+    max_relative_bops: float | None = _option(None, "never train one over this share of the 32x32-bit BOPs, 0..1")
+    max_size_bytes: float | None = _option(None, "never train one over so many bytes")
+    mlflow_uri: str | None = _option(None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder")
+    settings: dict[str, Any] = _option({}, "settings of every trial by address: optimizer/lr, training/batch_size, ...")
+
+    def tree(self) -> dict[str, Any]:
+        """The JSON form. Credentials in `mlflow_uri` are left out."""
+        from raysearch.mlflow_links import public
+
+        tree = asdict(self)
+        if self.mlflow_uri:
+            tree["mlflow_uri"] = public(self.mlflow_uri)
+        return tree
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Sweep":
+        """The inverse of `tree`.
+
+        Raises:
+            SweepError: an unknown field, with the nearest one.
+        """
+        from trainables.plugins import nearest
+
+        names = [f.name for f in fields(cls)]
+        unknown = [f"unknown field {name!r} of a sweep{nearest(name, names)}" for name in tree if name not in names]
+        if unknown:
+            raise SweepError("; ".join(unknown))
+        return cls(**tree)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What follows from a sweep without training.
+
+    Attributes:
+        base: JSON tree of a trial's configuration, before a proposal is merged into it.
+        config: the same, validated.
+        table: layer table of the base configuration's model.
+        space: distributions by address.
+    """
+
+    sweep: Sweep
+    base: dict[str, Any]
+    config: "TrialConfig"
+    table: "LayerTable"
+    space: dict[str, "BaseDistribution"]
+
+
+def resolve(sweep: Sweep) -> Resolved:
+    """Check a sweep and work out what follows from it; nothing is loaded, trained or written.
+
+    Raises:
+        SweepError, ConfigError, PluginError: what is wrong, and what to do.
+    """
+    from trainables import plugins
+    from trainables.build import layer_table
+    from trainables.config import merged, parse
+
+    _check_values(sweep)
+    base = merged(
+        {"method": {"name": sweep.method}, "model": {"name": sweep.model}, "data": {"name": sweep.data}},
+        {"training/epochs": sweep.epochs, "seed": sweep.seed, **sweep.settings},
+    )
+    config = parse(base)
+    if config.training.batch_size % sweep.workers:
+        raise SweepError(
+            f"training/batch_size = {config.training.batch_size} cannot be shared by {sweep.workers} workers: "
+            f"take a multiple of {sweep.workers}"
+        )
+    table = layer_table(config)
+    space = plugins.attribute("spaces", sweep.space, "space")(table.quantizable)
+    _check_space(sweep, space)
+    _check_proposals(sweep, base, table, space)
+    return Resolved(sweep, config.tree(), config, table, space)
+
+
+def _check_values(sweep: Sweep) -> None:
+    from analysis.rows import check_objectives
+    from trainables.plugins import nearest
+
+    faults = []
+    for name, low, high in (
+        ("trials", 1, 10**6),
+        ("epochs", 1, 10**5),
+        ("workers", 1, 4096),
+        ("concurrent", 1, 10**5),
+        ("cpus_per_worker", 1, 4096),
+        ("seed", 0, 2**31 - 1),
+    ):
+        value = getattr(sweep, name)
+        if value is None and name == "concurrent":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            faults.append(f"{name} = {value!r}: an integer from {low} to {high}")
+    for name in ("max_bops", "max_relative_bops", "max_size_bytes", "gpus_per_worker"):
+        value = getattr(sweep, name)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            faults.append(f"{name} = {value!r}: a number >= 0")
+    if sweep.max_relative_bops is not None and sweep.max_relative_bops > 1:
+        faults.append(f"max_relative_bops = {sweep.max_relative_bops!r}: a share of the 32x32-bit BOPs, 0..1")
+    if sweep.sampler not in SAMPLERS:
+        faults.append(f"unknown sampler {sweep.sampler!r}{nearest(sweep.sampler, list(SAMPLERS))}")
+    try:
+        check_objectives(sweep.objectives)
+    except ValueError as error:
+        faults.append(str(error))
+    if faults:
+        raise SweepError("; ".join(faults))
+
+
+def _check_space(sweep: Sweep, space: Any) -> None:
+    from optuna.distributions import BaseDistribution
+
+    if not isinstance(space, dict) or not all(isinstance(d, BaseDistribution) for d in space.values()):
+        raise SweepError(f"space {sweep.space!r} must return a dict of Optuna distributions by address")
+    if not space:
+        raise SweepError(f"space {sweep.space!r} has nothing to search on model {sweep.model!r}: take another space")
+    taken = sorted(set(space) & set(sweep.settings))
+    if taken:
+        raise SweepError(f"{', '.join(taken)}: set by --set and searched by space {sweep.space!r}; leave one out")
+
+
+def _check_proposals(sweep: Sweep, base: dict[str, Any], table: Any, space: dict[str, Any]) -> None:
+    """The corners of the space must be valid configurations, and the budget must leave something to train."""
+    from raysearch.proposals import cheapest, corners, cost_of
+    from trainables.config import merged, parse, resolve_bits
+    from trainables.errors import ConfigError
+
+    for values in corners(space):
+        try:
+            config = parse(merged(base, values))
+            if config.model == parse(base).model:
+                resolve_bits(config, table)
+        except ConfigError as error:
+            raise ConfigError(f"space {sweep.space!r}: {error}") from error
+    lowest = cost_of(merged(base, cheapest(space)))
+    over = lowest.over(sweep)
+    if over:
+        raise SweepError(f"the budget leaves nothing to train: the cheapest configuration of the space has {over}")
+
+
+def default_name(sweep: Sweep, stamp: str) -> str:
+    """Name of a sweep that was given none: `digits-lenet5-lsq-20261121-101500`."""
+    parts = (sweep.data, sweep.model, sweep.method)
+    return "-".join([*(part.replace(":", ".").rsplit(".", 1)[-1] for part in parts), stamp])
+
+
+def default_out(name: str) -> Path:
+    """Run folder of a sweep that was given none."""
+    return Path("runs") / name
