@@ -3,8 +3,7 @@
 Looked for, in this order, in a folder of the data set's name in `root` and then in `root` itself:
 
     torchvision   MNIST/raw/train-images-idx3-ubyte[.gz] and its three companions, or cifar-10-batches-py
-    parquet       *.parquet, as on Hugging Face: the file or a folder above it is named train..., test... or val...;
-                  an image column (struct of bytes and path, or binary) and a label column
+    parquet       *.parquet, as on Hugging Face, named train..., test... or val...; see `trainables.parquet_files`
     folders       train/CLASS/*.png and test/CLASS/*.png (or val/, validation/); classes are numbered in order of name
 
 Nothing is written, and no pickle is opened except through torchvision, which checks the md5 of CIFAR-10's first.
@@ -13,20 +12,20 @@ Images are decoded one by one on purpose: at 0.1 ms each, threads wait for the i
 
 import gzip
 import io
-import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from trainables import plugins
+from trainables import parquet_files
 from trainables.errors import DataError
+from trainables.parquet_files import ParquetFile, check_labels, plain
 from trainables.splits import Images
 
 if TYPE_CHECKING:
@@ -84,16 +83,12 @@ def places(name: str, root: Path) -> list[Path]:
     """Where to look: folders in `root` of the data set's name (`cifar10`, `CIFAR-10`), then `root` itself."""
     if not root.is_dir():
         return []
-    return [*(path for path in sorted(root.iterdir()) if path.is_dir() and _plain(path.name) == _plain(name)), root]
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    return [*(path for path in sorted(root.iterdir()) if path.is_dir() and plain(path.name) == plain(name)), root]
 
 
 def _has_layout(name: str, root: Path) -> bool:
     return any(
-        _torchvision_folder(name, place) or parquet_files(name, place, "train") or (place / "train").is_dir()
+        _torchvision_folder(name, place) or parquet_files.find(name, place, "train") or (place / "train").is_dir()
         for place in places(name, root)
     )
 
@@ -105,21 +100,13 @@ def _read(name: str, root: Path, classes: int, shape: Shape) -> tuple[Images, Im
         if raw is not None:
             parts = _read_cifar(raw) if name == "cifar10" else (_read_idx(raw, "train"), _read_idx(raw, "t10k"))
             return _checked(*parts[0], raw, classes, shape), _checked(*parts[1], raw, classes, shape)
-        if parquet_files(name, place, "train"):
-            train, test = (
-                needed(parquet_files(name, place, *names), place, names) for names in (["train"], TEST_NAMES)
-            )
+        train = parquet_files.find(name, place, "train")
+        if train:
+            test = parquet_files.find_beside(name, place, *TEST_NAMES)
             return _read_parquet(train, classes, shape), _read_parquet(test, classes, shape)
         if (place / "train").is_dir():
             return _read_folder(place, ["train"], classes, shape), _read_folder(place, TEST_NAMES, classes, shape)
     raise missing(name, root)
-
-
-def needed(files: list[Path], place: Path, names: Sequence[str]) -> list[Path]:
-    """The files, of which there must be some."""
-    if not files:
-        raise DataError(f"no parquet file named {' or '.join(names)} in {place}, beside those for training; add it")
-    return files
 
 
 def _checked(pixels: np.ndarray, labels: np.ndarray, source: Path, classes: int, shape: Shape) -> Images:
@@ -133,16 +120,6 @@ def _checked(pixels: np.ndarray, labels: np.ndarray, source: Path, classes: int,
         raise DataError(f"{source} holds {len(pixels)} images and {len(labels)} labels; the numbers must be equal")
     check_labels(labels, source, classes)
     return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
-
-
-def check_labels(labels: np.ndarray, source: Path, classes: int) -> None:
-    """Refuses labels outside 0..classes - 1, naming the first row that has one."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
-        row = wrong[0]
-        raise DataError(
-            f"{source}, row {row}: label {labels[row]} is outside 0..{classes - 1}; is it another data set?"
-        )
 
 
 # torchvision's files
@@ -211,141 +188,11 @@ def _download(name: str, root: Path) -> None:
 # Parquet
 
 
-def parquet_files(name: str, place: Path, *splits: str) -> list[Path]:
-    """Parquet files below `place` of the first of the splits that has any, sorted; all shards must be there.
-
-    Folders of other data sets' names are left out, so that a folder which holds only MNIST is no Fashion-MNIST.
-
-    Raises:
-        DataError: a shard is missing, or several folders hold the split.
-    """
-    others = {_plain(other) for other in plugins.describe("trainables.data")} - {_plain(name)}
-    files = [
-        path
-        for path in sorted(place.rglob("*.parquet"))
-        if not others & {_plain(part) for part in path.relative_to(place).parts[:-1]}
-    ]
-    for split in splits:
-        homes = {path: _home(path, place, split) for path in files}
-        found = [path for path, home in homes.items() if home]
-        folders = sorted({str(home) for home in homes.values() if home})
-        if len(folders) > 1:
-            raise DataError(f"{split} parquet files of {name} lie in {' and '.join(folders)}; name one of them")
-        _check_shards(found)
-        if found:
-            return found
-    return []
-
-
-def _home(path: Path, place: Path, split: str) -> Path | None:
-    """The folder that holds the split to which the file belongs: its own, or the one above a folder named `split`."""
-    if re.match(rf"{split}(?![a-z])", path.name.lower()):
-        return path.parent
-    above = [place / part for part in path.relative_to(place).parents]
-    return next((folder.parent for folder in above if folder != place and folder.name.lower() == split), None)
-
-
-def _check_shards(files: list[Path]) -> None:
-    numbered = [(path, match) for path in files if (match := re.search(r"-(\d+)-of-(\d+)\.parquet$", path.name))]
-    for path, match in numbered:
-        if len(numbered) != int(match[2]):
-            raise DataError(
-                f"{path.parent} holds {len(numbered)} of the {int(match[2])} files of {path.name}; add the rest"
-            )
-
-
-@dataclass(frozen=True)
-class ParquetFile:
-    """One parquet file with an image and a label column.
-
-    Attributes:
-        path: where it is.
-        groups: number of rows of each row group.
-        image: name of the image column.
-        label: name of the label column.
-    """
-
-    path: Path
-    groups: tuple[int, ...]
-    image: str
-    label: str
-
-    @classmethod
-    def open(cls, path: Path) -> "ParquetFile":
-        """Looks at the file's schema.
-
-        Raises:
-            DataError: not a parquet file, or one without such columns.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-                groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is not a readable parquet file ({error}); fetch it again") from error
-        images = [column.name for column in schema if _holds_images(column.type)]
-        labels = [column.name for column in schema if pa.types.is_integer(column.type)]
-        return cls(
-            path,
-            groups,
-            _column(path, "image", images, ("image", "img"), schema.names),
-            _column(path, "label", labels, ("label", "labels"), schema.names),
-        )
-
-    def read(self, column: str, group: int | None = None) -> list[Any]:
-        """Values of a column, of one row group or of all; of images the bytes."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(self.path) as file:
-                wanted = [column]
-                table = file.read(wanted) if group is None else file.read_row_group(group, wanted)
-        except (pa.ArrowException, OSError) as error:
-            where = self.path if group is None else f"{self.path}, row group {group},"
-            raise DataError(f"{where} cannot be read ({error}); fetch it again") from error
-        values = table.column(0)
-        return (pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values).to_pylist()
-
-    def labels(self, classes: int) -> np.ndarray:
-        """All labels, int64 (n,), checked to be 0..classes - 1."""
-        values = self.read(self.label)
-        if None in values:
-            raise DataError(f"{self.path}, row {values.index(None)}: no label; it is one of 0..{classes - 1}")
-        labels = np.array(values, dtype=np.int64)
-        check_labels(labels, self.path, classes)
-        return labels
-
-
-def _holds_images(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _column(path: Path, what: str, fitting: list[str], preferred: Sequence[str], names: list[str]) -> str:
-    named = [name for name in preferred if name in fitting]
-    if not named and len(fitting) != 1:
-        raise DataError(f"{path} has no {what} column among {', '.join(names)}; name it {preferred[0]!r}")
-    return (named or fitting)[0]
-
-
-def _read_parquet(files: list[Path], classes: int, shape: Shape) -> Images:
-    opened = [ParquetFile.open(path) for path in files]
-    labels = np.concatenate([file.labels(classes) for file in opened])
-    return _checked(_stack(_parquet_images(opened), len(labels), shape), labels, files[0].parent, classes, shape)
-
-
-def _parquet_images(files: list[ParquetFile]) -> Iterator[tuple[bytes | None, str]]:
-    for file in files:
-        for row, data in enumerate(file.read(file.image)):
-            yield data, f"{file.path}, row {row}"
+def _read_parquet(paths: list[Path], classes: int, shape: Shape) -> Images:
+    files = [ParquetFile.open(path) for path in paths]
+    labels = np.concatenate([file.labels(classes) for file in files])
+    images = chain.from_iterable(file.images_with_rows() for file in files)
+    return _checked(_stack(images, len(labels), shape), labels, paths[0].parent, classes, shape)
 
 
 # Folders of classes

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainables import plugins
+from trainables.build import data_shape
+from trainables.config import parse
 from trainables.data import cifar10, digits, fashion_mnist, imagenet, mnist
 from trainables.errors import ConfigError, DataError
 from trainables.splits import Images, Splits, TensorSplit, batch_slices, crop, stratified_order
@@ -526,6 +528,36 @@ def test_a_setting_out_of_range_is_refused_with_its_range(settings: dict, messag
 def test_a_setting_of_imagenet_out_of_range_is_refused(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         imagenet.splits(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({}, (1000, (3, 224, 224))),
+        ({"resolution": 64}, (1000, (3, 64, 64))),
+        ({"classes_limit": 3, "workers": 0}, (3, (3, 224, 224))),
+        ({"classes_limit": None, "resolution": 1}, (1000, (3, 1, 1))),
+    ],
+)
+def test_classes_and_shape_of_imagenet_follow_its_settings_before_any_file_is_there(
+    settings: dict, known: tuple[int, tuple[int, int, int]]
+) -> None:
+    config = parse({"method": "float", "model": "resnet18", "data": {"name": "imagenet", **settings}})
+    assert imagenet.shape(settings) == data_shape(config) == known
+
+
+def test_classes_and_shape_of_imagenet_known_beforehand_are_those_of_its_splits(tmp_path: Path) -> None:
+    data = imagenet_case(folders, "val")(tmp_path)
+    assert imagenet.shape(SMALL) == (data.classes, data.input_shape) == (3, (3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"resolution": 0}, "resolution = 0: it is at least 1"), ({"classes_limit": 0}, r"classes_limit = 0: it is 2")],
+)
+def test_a_shape_of_imagenet_out_of_range_is_refused_before_any_file_is_there(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        imagenet.shape(settings)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ def macs(name: str) -> dict[str, int]:
     return {layer.name: layer.macs for layer in table(name).layers}
 
 
+def test_every_listed_model_is_under_test():
+    assert set(MODELS) == set(describe("trainables.models"))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_has_its_published_macs_and_each_parameter_is_counted_once(name):
     total, parameters, rows, norms = MODELS[name]

@@ -13,17 +13,17 @@ Russakovsky et al. 2015, arXiv:1409.0575; crops and flips as in torchvision's re
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainables import image_files
+from trainables import image_files, parquet_files
 from trainables.errors import ConfigError, DataError
 from trainables.splits import SPLIT_SEED, VALIDATION_SHARE, Batch, Splits, batch_slices
 
@@ -57,11 +57,7 @@ def splits(
     """
     if workers < 0:
         raise ConfigError(f"workers = {workers}: it is at least 0")
-    if resolution < 1:
-        raise ConfigError(f"resolution = {resolution}: it is at least 1")
-    if classes_limit is not None and not 2 <= classes_limit <= CLASSES:
-        raise ConfigError(f"classes_limit = {classes_limit}: it is 2..{CLASSES} (leave it out for all)")
-    classes = classes_limit or CLASSES
+    classes, input_shape = shape({"resolution": resolution, "classes_limit": classes_limit})
     train, test = _sources(image_files.checked_root("imagenet", root), classes)
     held_out, learnt = _held_out(train, classes)
     return Splits(
@@ -71,8 +67,22 @@ def splits(
             test, torch.from_numpy(np.flatnonzero(test.labels < classes)), workers=workers, resolution=resolution
         ),
         classes=classes,
-        input_shape=(3, resolution, resolution),
+        input_shape=input_shape,
     )
+
+
+def shape(settings: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
+    """Number of classes and input shape under these settings of `splits`, without looking at any file.
+
+    Raises:
+        ConfigError: `resolution` or `classes_limit` out of range.
+    """
+    resolution, limit = settings.get("resolution", INPUT_SHAPE[1]), settings.get("classes_limit")
+    if resolution < 1:
+        raise ConfigError(f"resolution = {resolution}: it is at least 1")
+    if limit is not None and not 2 <= limit <= CLASSES:
+        raise ConfigError(f"classes_limit = {limit}: it is 2..{CLASSES} (leave it out for all)")
+    return CLASSES if limit is None else limit, (3, resolution, resolution)
 
 
 class Source(Protocol):
@@ -110,7 +120,7 @@ class ParquetSource:
     """Parquet files; a row group is read as a whole, and those of the last `WINDOW` rows are kept."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self.files = [image_files.ParquetFile.open(path) for path in paths]
+        self.files = [parquet_files.ParquetFile.open(path) for path in paths]
         self.labels = np.concatenate([file.labels(CLASSES) for file in self.files])
         self.groups = np.array([size for file in self.files for size in file.groups], dtype=np.int64)
         self._owners = [(file, group) for file in self.files for group in range(len(file.groups))]
@@ -127,7 +137,7 @@ class ParquetSource:
     def _group(self, index: int) -> list[bytes | None]:
         if index not in self._kept:
             file, group = self._owners[index]
-            self._kept[index] = file.read(file.image, group)
+            self._kept[index] = file.images(group)
             while len(self._kept) > 2 and sum(map(len, self._kept.values())) > WINDOW + len(self._kept[index]):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(index)
@@ -147,11 +157,9 @@ def _sources(root: Path, classes: int) -> tuple[Source, Source]:
             test = image_files.class_folders(place, official)
             image_files.check_same_classes(place, test, len(train))
             return FolderSource(train[:classes]), FolderSource(test[:classes])
-        files = image_files.parquet_files("imagenet", place, "train")
+        files = parquet_files.find("imagenet", place, "train")
         if files:
-            return ParquetSource(files), ParquetSource(
-                image_files.needed(image_files.parquet_files("imagenet", place, *official), place, official)
-            )
+            return ParquetSource(files), ParquetSource(parquet_files.find_beside("imagenet", place, *official))
     raise image_files.missing("imagenet", root)
 
 

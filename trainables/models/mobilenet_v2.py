@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainables.errors import ConfigError
-from trainables.models.resnet18 import first_convolution, torchvision_model
+from trainables.models._torchvision import first_convolution, torchvision_model
 
 INPUT_SHAPE = (3, 224, 224)
 CLASSES = 1000

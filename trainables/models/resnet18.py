@@ -1,20 +1,14 @@
 """ResNet-18 of torchvision, for ImageNet or with a stem for small images, 1.8 G MACs at 224 x 224.
 
-He et al. 2015, "Deep residual learning for image recognition", arXiv:1512.03385. ResNet-34, ResNet-50 and MobileNetV2
-take their weights and shapes from torchvision in the same way, with the two functions below.
+He et al. 2015, "Deep residual learning for image recognition", arXiv:1512.03385.
 """
-
-from pickle import UnpicklingError
-from typing import Any, Literal
 
 from torch import nn
 
-from trainables.errors import ConfigError
+from trainables.models._torchvision import Stem, torchvision_resnet
 
 INPUT_SHAPE = (3, 224, 224)
 CLASSES = 1000
-
-Stem = Literal["imagenet", "cifar"]
 
 
 def build(
@@ -32,55 +26,3 @@ def build(
         ConfigError: an unknown stem, or weights that do not fit or cannot be loaded.
     """
     return torchvision_resnet("resnet18", classes, input_shape, stem=stem, pretrained=pretrained)
-
-
-def torchvision_resnet(
-    name: str, classes: int, input_shape: tuple[int, int, int], *, stem: Stem, pretrained: bool
-) -> nn.Module:
-    """The ResNet that torchvision calls `name`, with a classifier and a stem that fit; see `build`."""
-    if stem not in ("imagenet", "cifar"):
-        raise ConfigError(f"model/stem = {stem!r}: {name} takes 'imagenet' or 'cifar'")
-    if pretrained and stem == "cifar":
-        raise ConfigError("model/pretrained = True: the weights are those of model/stem = 'imagenet', not of 'cifar'")
-    model: Any = torchvision_model(name, classes, input_shape, pretrained=pretrained)
-    if stem == "cifar":
-        model.conv1 = first_convolution(input_shape[0], model.conv1.out_channels, kernel=3, stride=1)
-        model.maxpool = nn.Identity()
-    elif input_shape[0] != 3:
-        model.conv1 = first_convolution(input_shape[0], model.conv1.out_channels, kernel=7, stride=2)
-    if pretrained and classes != CLASSES:
-        model.fc = nn.Linear(model.fc.in_features, classes)
-    return model
-
-
-def torchvision_model(
-    name: str, classes: int, input_shape: tuple[int, int, int], *, pretrained: bool, **fields: Any
-) -> nn.Module:
-    """The network that torchvision calls `name`; pretrained, it still has ImageNet's 1000 outputs.
-
-    Raises:
-        ConfigError: pretrained weights for other than 3 channels, or that cannot be loaded.
-    """
-    from torchvision.models import get_model, get_model_weights
-
-    if not pretrained:
-        return get_model(name, num_classes=classes, **fields)
-    if input_shape[0] != 3:
-        raise ConfigError(
-            f"model/pretrained = True: the weights of {name} read 3 channels, the images have {input_shape[0]}"
-        )
-    weights = get_model_weights(name)["IMAGENET1K_V1"]
-    try:
-        return get_model(name, weights=weights, **fields)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # unreachable, no space, wrong hash, corrupt
-        raise ConfigError(
-            f"model/pretrained = True: cannot load {weights.url} ({error}); put that file into the folder "
-            "checkpoints of torch.hub.get_dir(), or use pretrained = False"
-        ) from error
-
-
-def first_convolution(inputs: int, outputs: int, *, kernel: int, stride: int) -> nn.Conv2d:
-    """A first convolution that keeps or halves the sides, initialized as torchvision does."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv

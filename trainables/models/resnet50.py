@@ -5,7 +5,7 @@ He et al. 2015, "Deep residual learning for image recognition", arXiv:1512.03385
 
 from torch import nn
 
-from trainables.models.resnet18 import Stem, torchvision_resnet
+from trainables.models._torchvision import Stem, torchvision_resnet
 
 INPUT_SHAPE = (3, 224, 224)
 CLASSES = 1000

@@ -1,0 +1,182 @@
+"""The bookkeeping of a sweep: what the workers report becomes records, the study, and events for whoever watches.
+
+One object hears of everything in one place, in an order that survives a kill at any point: first the record, then the
+study. What a killed driver left half done is completed by the next one from the records.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from optuna.trial import TrialState
+
+from analysis.front import Front
+from analysis.rows import complete_rows
+from raysearch.ledger import Ledger, Proposal
+from raysearch.records import SCHEMA, Log, RunFolder
+from trainables import checkpoint
+from trainables.cost import size_bytes
+
+Listener = Callable[["Book"], None]
+
+
+@dataclass
+class Live:
+    """A trial in training."""
+
+    proposal: Proposal
+    began_at: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    timing: dict[str, Any] = field(default_factory=dict)
+
+
+class Book:
+    """Records, study and counts of one sweep.
+
+    Args:
+        folder: the run folder.
+        ledger: the study.
+        facts: fields that every record of this driver shares: sweep, versions, git.
+        listener: called after each event.
+    """
+
+    def __init__(self, folder: RunFolder, ledger: Ledger, facts: Mapping[str, Any], listener: Listener) -> None:
+        self.folder, self.ledger, self.facts, self._listener = folder, ledger, dict(facts), listener
+        self.sweep = ledger.sweep
+        self.live: dict[int, Live] = {}
+        self.rows = folder.read_records()
+        self.counts = {"complete": 0, "pruned": 0, "failed": 0}
+        self._ended: dict[int, dict[str, Any]] = {}
+        for row in self.rows:
+            self._count(row)
+        self._epochs_known = _known_epochs(folder)
+        self._records, self._epochs = Log(folder.records), Log(folder.epochs)
+        self.float_size_bytes = size_bytes(ledger.resolved.table, {}, extra_floats=0)
+        self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Tell the study of trials that have a record but no end: the last driver was killed between the two."""
+        for number in self.ledger.running():
+            if number in self._ended:
+                self._tell(number, self._ended[number])
+        self.ledger.interrupted = [p for p in self.ledger.interrupted if p.number not in self._ended]
+
+    def begin(self, proposal: Proposal) -> None:
+        """A trial starts, or goes on after an interruption."""
+        known = self._epochs_known.get(proposal.number, {})
+        self.live[proposal.number] = Live(proposal, time.time(), history=[known[e] for e in sorted(known)])
+        self._listener(self)
+
+    def epoch(self, number: int, message: Mapping[str, Any]) -> None:
+        """A worker reports an epoch; one that is known already, reported again after a restart, changes nothing."""
+        live = self.live[number]
+        report = message["report"]
+        live.points = report["points"]
+        live.timing = {key: message[key] for key in ("slot", "began_at", "reported_at") if key in message}
+        live.timing["first_step_at"] = report["first_step_at"]
+        if report["epoch"] in (row["epoch"] for row in live.history):
+            return
+        point = report["points"][0]
+        metrics = {name: point[name] for name in ("accuracy", "loss", "bops", "relative_bops", "size_bytes")}
+        row = {"epoch": report["epoch"], "train_loss": report["train_loss"], **metrics, "seconds": report["seconds"]}
+        live.history.append(row)
+        self._epochs.append({"trial": number, **row, "time": time.time()})
+        self._listener(self)
+
+    def end(self, number: int, status: str, reason: str | None = None) -> None:
+        """A trial ended: `complete`, `pruned` or `failed`, with the reason for the latter two."""
+        live = self.live.pop(number)
+        if number in self._ended:
+            return
+        points = live.points if status == "complete" else live.points[:1]
+        for row in [self._row(live, point, status, reason) for point in points or [{}]]:
+            self._records.append(row, durable=True)
+            self.rows.append(row)
+            self._count(row)
+        self._tell(number, self._ended[number])
+        self._drop_checkpoints(number)
+        self._listener(self)
+
+    def front(self) -> Front:
+        """The front of all complete points so far."""
+        return Front.of(self.rows, self.sweep.objectives)
+
+    def has_points(self) -> bool:
+        """Whether any trial is complete."""
+        return self.counts["complete"] > 0
+
+    def close(self) -> None:
+        """Close the files."""
+        self._records.close()
+        self._epochs.close()
+
+    def _row(self, live: Live, point: Mapping[str, Any], status: str, reason: str | None) -> dict[str, Any]:
+        proposal, tree = live.proposal, live.proposal.tree
+        cost = proposal.cost
+        return {
+            "schema": SCHEMA,
+            **self.facts,
+            "trial": proposal.number,
+            "point": point.get("label", "final"),
+            "status": status,
+            "reason": reason,
+            "accuracy": point.get("accuracy"),
+            "loss": point.get("loss"),
+            "bops": point.get("bops", cost.bops),
+            "relative_bops": point.get("relative_bops", cost.relative_bops),
+            "size_bytes": point.get("size_bytes", cost.size_bytes),
+            "float_size_bytes": self.float_size_bytes,
+            "macs": self.ledger.resolved.table.macs,
+            "bits": point.get("bits", cost.bits),
+            "epoch": live.history[-1]["epoch"] if live.history else 0,
+            "epochs": self.sweep.epochs,
+            "seconds": round(time.time() - live.began_at, 3),
+            "seed": tree["seed"],
+            "digest": cost.digest,
+            "source": proposal.source,
+            "method": tree["method"]["name"],
+            "model": tree["model"]["name"],
+            "data": tree["data"]["name"],
+            "params": proposal.params,
+            "config": tree,
+            "history": live.history,
+            "checkpoint": str(self.folder.trial(proposal.number).relative_to(self.folder.path)),
+            "started_at": _iso(live.began_at),
+            "finished_at": _iso(time.time()),
+            "timing": live.timing,
+        }
+
+    def _count(self, row: Mapping[str, Any]) -> None:
+        if row["trial"] not in self._ended:
+            self.counts[row["status"]] += 1
+        self._ended.setdefault(row["trial"], dict(row))
+
+    def _tell(self, number: int, row: Mapping[str, Any]) -> None:
+        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[row["status"]]
+        values = [float(row[name]) for name in self.sweep.objectives] if row["status"] == "complete" else None
+        self.ledger.tell(number, state, values, row["reason"] or "")
+
+    def _drop_checkpoints(self, number: int) -> None:
+        """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it."""
+        kept = {int(trial) for trial in self.front().to_pandas()["trial"]} if self.has_points() else set()
+        ended = {int(t) for t in complete_rows(self.rows, self.sweep.objectives)["trial"]} if self.has_points() else set()
+        for other in (ended | {number}) - kept:
+            (self.folder.trial(other) / checkpoint.FILE).unlink(missing_ok=True)
+
+
+def _known_epochs(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:
+    """Epochs on disk: trial -> epoch -> metrics."""
+    from raysearch.records import read_lines
+
+    known: dict[int, dict[int, dict[str, Any]]] = {}
+    for line in read_lines(folder.epochs):
+        row = {key: value for key, value in line.items() if key not in ("trial", "time")}
+        known.setdefault(line["trial"], {})[line["epoch"]] = row
+    return known
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")

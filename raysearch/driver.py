@@ -1,0 +1,291 @@
+"""From a sweep to records: checks everything, starts Ray, lets Tune drive the slots, and leaves a complete run folder.
+
+    run(sweep)    -> resolve, load the data once, make the run folder -> _drive
+    resume(path)  -> read the run folder                              -> _drive
+    _drive        -> Ray, ledger, book, MLflow mirror, Tune           -> Result
+
+A driver may be killed at any point: whatever was reported is on disk, and `resume` goes on with the same sweep.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysearch import facts
+from raysearch.errors import SweepError, TrialError
+from raysearch.records import SCHEMA, RunFolder, write_json
+from raysearch.sweep import Resolved, Sweep, default_name, default_out, resolve
+
+if TYPE_CHECKING:
+    from raysearch.book import Book
+    from raysearch.ledger import Proposal
+    from raysearch.result import Result
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # A Train run polls its workers' start at this interval; a group starts once for many trials, but a person waits.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Tune's own files are not read again: records and study are the truth.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+PROCESS_RETRIES = 2
+MIRROR_WAIT_S = 60.0
+
+
+class Watcher:
+    """Who watches a sweep; the base watches silently."""
+
+    def started(self, folder: RunFolder, resolved: Resolved) -> None:
+        """The run folder exists, nothing runs yet."""
+
+    def event(self, book: "Book") -> None:
+        """Something happened to a trial."""
+
+    def closed(self) -> None:
+        """The sweep is over, or interrupted."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster gives a sweep: concurrent trials, and GPUs of a worker."""
+
+    concurrent: int
+    gpus: float
+
+
+def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None = None) -> "Result":
+    """Run a sweep on this machine, or on the cluster that RAY_ADDRESS names.
+
+    Args:
+        sweep: the question.
+        out: run folder to make; default `runs/NAME`.
+        watcher: told of every event.
+
+    Raises:
+        SweepError, ConfigError, DataError, PluginError: before Ray starts; nothing was written.
+        TrialError: every trial failed.
+    """
+    resolved = resolve(sweep)
+    name = default_name(sweep, time.strftime("%Y%m%d-%H%M%S"))
+    folder = RunFolder(Path(out) if out is not None else default_out(name))
+    _check_folder(folder)
+    with _ray(sweep) as cluster:
+        _load_data(resolved)
+        cluster.result()
+        capacity = _capacity(sweep)
+        _make_folder(folder, resolved, name if out is None else folder.path.resolve().name)
+        return _drive(folder, resolved, capacity, watcher or Watcher())
+
+
+def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
+    """Go on with an interrupted sweep; a finished one only completes its MLflow mirror.
+
+    Raises:
+        RecordError: no run folder.
+        SweepError: another driver is at work on it.
+    """
+    folder = RunFolder(Path(path))
+    sweep = Sweep.from_tree(folder.read_sweep()["sweep"])
+    resolved = resolve(sweep)
+    with _ray(sweep) as cluster:
+        _load_data(resolved)
+        cluster.result()
+        return _drive(folder, resolved, _capacity(sweep), watcher or Watcher())
+
+
+def _check_folder(folder: RunFolder) -> None:
+    path = folder.path
+    if folder.sweep.exists():
+        raise SweepError(f"{path} already holds a sweep: `raysearch resume {path}` goes on with it; or take another --out")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SweepError(f"{path} exists and is not an empty folder: take another --out")
+    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SweepError(f"{path} cannot be made: {existing} is not writable; take another --out")
+
+
+def _make_folder(folder: RunFolder, resolved: Resolved, name: str) -> None:
+    from optuna.distributions import distribution_to_json
+
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(
+            folder.sweep,
+            {
+                "schema": SCHEMA,
+                "name": name,
+                **{k: v for k, v in resolved.sweep.tree().items() if k in ("method", "model", "data", "objectives")},
+                "trials": resolved.sweep.trials,
+                "seed": resolved.sweep.seed,
+                "sweep": resolved.sweep.tree(),
+                "base": resolved.base,
+                "space": {address: distribution_to_json(d) for address, d in resolved.space.items()},
+                "macs": resolved.table.macs,
+                "created_at": facts.now(),
+                "versions": facts.versions(),
+                "git": facts.git(),
+            },
+        )
+    except OSError as error:
+        raise SweepError(f"{folder.path} cannot be written: {error}; take another --out") from error
+
+
+def _load_data(resolved: Resolved) -> None:
+    """Load the data set once here, so that a fault in it is found before any trial."""
+    from trainables.build import load_data
+
+    root = resolved.sweep.data_root
+    load_data(resolved.config, None if root is None else Path(root), download=resolved.sweep.download)
+
+
+@contextlib.contextmanager
+def _ray(sweep: Sweep) -> Iterator[Any]:
+    """Start Ray in the background while the data loads; yields the future. A Ray that runs already is left running."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(_start_ray, sweep)
+        try:
+            yield future
+        finally:
+            mine = future.result() if not future.exception() else False
+            if mine:
+                import ray
+
+                ray.shutdown()
+
+
+def _start_ray(sweep: Sweep) -> bool:
+    import ray
+    import ray.tune
+
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **options)
+    else:
+        # Without the dashboard, a dead Train controller would leak its placement group; without Train, nothing would.
+        ray.init(
+            address="local",
+            include_dashboard=_uses_group(sweep, 0),
+            object_store_memory=200 * 2**20,
+            **options,
+        )
+    return True
+
+
+def _uses_group(sweep: Sweep, gpus: float) -> bool:
+    return sweep.train or sweep.workers > 1 or gpus > 0
+
+
+def _capacity(sweep: Sweep) -> Capacity:
+    """What the cluster can give, or a clear error at once instead of waiting for ever."""
+    import ray
+
+    total = ray.cluster_resources()
+    have_cpus, have_gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    gpus = sweep.gpus_per_worker if sweep.gpus_per_worker is not None else float(have_gpus >= sweep.workers)
+    need_cpus, need_gpus = sweep.workers * sweep.cpus_per_worker, sweep.workers * gpus
+    if need_cpus > have_cpus or need_gpus > have_gpus:
+        raise SweepError(
+            f"a trial of {sweep.workers} workers needs {need_cpus} CPUs and {need_gpus:g} GPUs; the cluster has "
+            f"{have_cpus:g} and {have_gpus:g}: lower --workers, --cpus-per-worker or --gpus-per-worker"
+        )
+    most = int(have_cpus // need_cpus)
+    if need_gpus:
+        most = min(most, int(have_gpus / need_gpus + 1e-9))
+    if sweep.concurrent is not None and sweep.concurrent > most:
+        raise SweepError(f"concurrent = {sweep.concurrent}: the cluster holds {most} such trials at the same time")
+    return Capacity(min(sweep.concurrent or most, sweep.trials), gpus)
+
+
+def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: Watcher) -> "Result":
+    import filelock
+
+    from raysearch.book import Book
+    from raysearch.ledger import Ledger
+    from raysearch.result import Result
+    from raysearch.tracking import start_mirror
+
+    try:
+        lock = filelock.FileLock(folder.lock, blocking=False)
+        lock.acquire()
+    except filelock.Timeout:
+        raise SweepError(f"{folder.path} is being worked on by another driver: wait for it, or end it") from None
+    with lock:
+        ledger = Ledger(folder, resolved)
+        name = folder.read_sweep()["name"]
+        shared = {"sweep": name, "versions": facts.versions(), "git": facts.git()}
+        book = Book(folder, ledger, shared, watcher.event)
+        watcher.started(folder, resolved)
+        mirror = start_mirror(folder.path, resolved.sweep.mlflow_uri)
+        try:
+            if ledger.interrupted or ledger.started < resolved.sweep.trials:
+                _tune(folder, resolved, capacity, ledger, book)
+        finally:
+            watcher.closed()
+            book.close()
+            mirrored = mirror.close(MIRROR_WAIT_S)
+    result = Result(folder.path, mirrored=mirrored)
+    if not book.has_points():
+        reasons = sorted({row["reason"] for row in book.rows if row["reason"]})
+        raise TrialError(f"all {len(book.rows)} trials failed: {'; '.join(reasons[:3])} (records in {folder.records})")
+    return result
+
+
+def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any, book: "Book") -> None:
+    from ray import tune
+
+    from raysearch.searcher import LedgerSearcher
+    from raysearch.slots import GroupSlot, InlineSlot
+    from raysearch.worker import make_job
+
+    sweep = resolved.sweep
+    root = None if sweep.data_root is None else str(Path(sweep.data_root).resolve())
+    absolute = RunFolder(folder.path.resolve())
+
+    def slot_config(proposal: "Proposal") -> dict[str, Any]:
+        number = proposal.number
+        device = "cuda" if capacity.gpus else "cpu"
+        return {
+            "job": make_job(number, proposal.tree, absolute.trial(number), absolute.starts, root, device),
+            "workers": sweep.workers,
+            "cpus": sweep.cpus_per_worker,
+            "gpus": capacity.gpus,
+            "storage": str(absolute.path / "ray"),
+        }
+
+    if _uses_group(sweep, capacity.gpus):
+        slot = tune.with_resources(GroupSlot, {"cpu": 0, "memory": 1e6})
+    else:
+        slot = tune.with_resources(InlineSlot, {"cpu": sweep.cpus_per_worker})
+    tuner = tune.Tuner(
+        slot,
+        tune_config=tune.TuneConfig(
+            search_alg=LedgerSearcher(ledger, book, slot_config),
+            num_samples=-1,
+            max_concurrent_trials=capacity.concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(absolute.path / "ray"),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=PROCESS_RETRIES),
+        ),
+    )
+    tuner.fit()

@@ -1,0 +1,219 @@
+"""The Optuna study of a sweep: every proposal and its true end, on disk; and its twin in memory, which proposes.
+
+On disk is an ordinary Optuna study (`optuna-dashboard sqlite:///RUN/study.db`) with one trial for each training:
+complete with its values, pruned, or failed with its reason. The sampler works on a twin in memory that is rebuilt from
+the disk: a proposal with many parameters then costs one write instead of one for each parameter. Each proposal gets a
+sampler of its own, seeded by the sweep's seed and the trial's number, so a proposal depends on the history alone and a
+resumed sweep needs no saved sampler.
+"""
+
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from raysearch.proposals import Cost, Space, cardinality, cost_of, random_values, uniform_proposals
+from raysearch.records import RunFolder
+from raysearch.sweep import Resolved
+from trainables.config import merged
+from trainables.errors import ConfigError
+
+STUDY = "sweep"
+ATTEMPTS = 20
+"""Proposals of the sampler that may be refused in a row before random ones are tried."""
+RANDOM_ATTEMPTS = 2000
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration to train, accepted and on disk.
+
+    Attributes:
+        number: of the Optuna trial, and of the trial everywhere else.
+        params: values by address.
+        source: who proposed it: `uniform`, the sampler's name, `random`.
+        tree: JSON tree of the trial's configuration.
+    """
+
+    number: int
+    params: dict[str, Any]
+    source: str
+    cost: Cost
+    tree: dict[str, Any]
+
+
+def make_sampler(name: str, seed: int, startup: int) -> BaseSampler:
+    """An Optuna sampler by name; `startup` is how many trials there are before a model is fitted."""
+    samplers = optuna.samplers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
+        if name == "nsga2":
+            return samplers.NSGAIISampler(seed=seed, population_size=max(4, startup))
+        if name == "nsga3":
+            return samplers.NSGAIIISampler(seed=seed, population_size=max(4, startup))
+        if name == "gp":
+            return samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        if name == "qmc":
+            return samplers.QMCSampler(seed=seed, warn_independent_sampling=False)
+        return samplers.RandomSampler(seed=seed)
+
+
+class Ledger:
+    """Proposes configurations and keeps the study.
+
+    Args:
+        folder: the run folder; an existing study there is continued.
+        resolved: the sweep.
+    """
+
+    def __init__(self, folder: RunFolder, resolved: Resolved) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.resolved, self.sweep, self.space = resolved, resolved.sweep, resolved.space
+        self.directions = ["maximize" if d == "max" else "minimize" for d in self.sweep.objectives.values()]
+        self._disk = optuna.create_study(
+            storage=f"sqlite:///{folder.study.resolve()}",
+            study_name=STUDY,
+            directions=self.directions,
+            load_if_exists=True,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._disk.set_metric_names(list(self.sweep.objectives))
+        self._memory = optuna.create_study(directions=self.directions)
+        self._uniform = uniform_proposals(self.space, resolved.base, self.sweep.trials)
+        self._size = cardinality(self.space)
+        self._seen: dict[str, int] = {}
+        self._twin: dict[int, int] = {}
+        self.refused = 0
+        self.interrupted: list[Proposal] = []
+        for trial in self._disk.get_trials(deepcopy=False):
+            self._remember(trial)
+            if trial.state == TrialState.RUNNING:
+                self.interrupted.append(self._proposal(trial))
+
+    @property
+    def started(self) -> int:
+        """How many trials have been started so far."""
+        return len(self._twin)
+
+    def propose(self) -> Proposal | None:
+        """The next configuration to train, written to the study as running; None when there is none left.
+
+        Interrupted trials of an earlier run come first, under their old numbers. A configuration over a limit of the
+        sweep, equal to an earlier one, or invalid is refused here and never trained.
+        """
+        if self.interrupted:
+            return self.interrupted.pop(0)
+        if self.started >= self.sweep.trials or len(self._seen) >= self._size:
+            return None
+        while self._uniform:
+            values = self._uniform.pop(0)
+            cost = self._acceptable(values)
+            if cost is not None:
+                return self._accept(self._fixed(values), "uniform", cost)
+        return self._sampled()
+
+    def tell(self, number: int, state: TrialState, values: list[float] | None = None, reason: str = "") -> None:
+        """Tell both studies how a trial ended; telling twice changes nothing.
+
+        Args:
+            number: of the trial.
+            state: COMPLETE with `values` in the order of the objectives, PRUNED, or FAIL.
+            reason: why it was pruned or failed.
+        """
+        trial_id = self._trial_id(number)
+        if self._storage.get_trial(trial_id).state.is_finished():
+            return
+        if reason:
+            self._storage.set_trial_user_attr(trial_id, "reason", reason[:2000])
+        self._disk.tell(number, values if state == TrialState.COMPLETE else None, state=state)
+        # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
+        learnt = TrialState.PRUNED if state == TrialState.FAIL else state
+        self._memory.tell(self._twin[number], values if state == TrialState.COMPLETE else None, state=learnt)
+
+    def running(self) -> list[int]:
+        """Numbers of trials without an end."""
+        return [t.number for t in self._disk.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+
+    @property
+    def _storage(self) -> Any:
+        return self._disk._storage
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._disk._study_id, number)
+
+    def _sampled(self) -> Proposal | None:
+        number = self.started
+        finished = sum(t.state.is_finished() for t in self._memory.get_trials(deepcopy=False))
+        sampler = make_sampler(self.sweep.sampler, self.sweep.seed * 100_003 + number, min(10, max(2, finished)))
+        self._memory.sampler = sampler
+        for _ in range(ATTEMPTS):
+            trial = self._memory.ask(dict(self.space))
+            cost = self._acceptable(trial.params)
+            if cost is not None:
+                return self._accept(trial, self.sweep.sampler, cost)
+            # Samplers ignore failures: a repeated proposal is no worse than its first training was.
+            self._memory.tell(trial, state=TrialState.FAIL)
+        generator = random.Random(self.sweep.seed * 100_003 + number)
+        for _ in range(RANDOM_ATTEMPTS):
+            values = random_values(self.space, generator)
+            cost = self._acceptable(values)
+            if cost is not None:
+                return self._accept(self._fixed(values), "random", cost)
+        return None
+
+    def _fixed(self, values: Mapping[str, Any]) -> optuna.Trial:
+        self._memory.enqueue_trial(dict(values))
+        return self._memory.ask(dict(self.space))
+
+    def _acceptable(self, values: Mapping[str, Any]) -> Cost | None:
+        try:
+            cost = cost_of(merged(self.resolved.base, values))
+        except ConfigError:
+            self.refused += 1
+            return None
+        if cost.digest in self._seen or cost.over(self.sweep):
+            self.refused += 1
+            return None
+        return cost
+
+    def _accept(self, trial: optuna.Trial, source: str, cost: Cost) -> Proposal:
+        twin = self._memory.get_trials(deepcopy=False)[trial.number]
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=twin.params,
+            distributions=twin.distributions,
+            user_attrs={"source": source, **asdict(cost)},
+            system_attrs=twin.system_attrs,
+        )
+        self._storage.create_new_trial(self._disk._study_id, template_trial=template)
+        number = self.started
+        self._twin[number] = trial.number
+        self._seen[cost.digest] = number
+        return Proposal(number, dict(twin.params), source, cost, merged(self.resolved.base, twin.params))
+
+    def _remember(self, trial: FrozenTrial) -> None:
+        """Take a trial of the study on disk into the twin."""
+        copy = optuna.trial.create_trial(
+            state=TrialState.PRUNED if trial.state == TrialState.FAIL else trial.state,
+            values=trial.values,
+            params=trial.params,
+            distributions=trial.distributions,
+            system_attrs=trial.system_attrs,
+        )
+        self._memory.add_trial(copy)
+        self._twin[trial.number] = len(self._memory.get_trials(deepcopy=False)) - 1
+        self._seen[trial.user_attrs["digest"]] = trial.number
+
+    def _proposal(self, trial: FrozenTrial) -> Proposal:
+        attrs = dict(trial.user_attrs)
+        cost = Cost(**{name: attrs[name] for name in ("digest", "bops", "relative_bops", "size_bytes", "bits")})
+        tree = merged(self.resolved.base, trial.params)
+        return Proposal(trial.number, dict(trial.params), attrs["source"], cost, tree)

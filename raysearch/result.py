@@ -1,0 +1,125 @@
+"""What a sweep found, read from its run folder; needs no server and no Ray."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysearch.errors import RecordError
+from raysearch.records import Log, RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.front import Front
+    from raysearch.tracking import Status
+
+
+class Result:
+    """One run folder.
+
+    Args:
+        path: the run folder.
+        mirrored: how far the MLflow mirror got, when the caller knows.
+    """
+
+    def __init__(self, path: str | Path, *, mirrored: "Status | None" = None) -> None:
+        self.folder = RunFolder(Path(path))
+        self.description: dict[str, Any] = self.folder.read_sweep()
+        self.mirrored = mirrored
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep."""
+        return str(self.description["name"])
+
+    @property
+    def objectives(self) -> Mapping[str, str]:
+        """What was searched for."""
+        return self.description["objectives"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records as dictionaries."""
+        return self.folder.read_records()
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """All records as a DataFrame, one row for each (trial, operating point), in order of finish."""
+        import pandas as pd
+
+        return pd.DataFrame(self.records())
+
+    def to_parquet(self, path: str | Path | None = None) -> Path:
+        """Write the records as Parquet, nested fields as JSON text; default `RUN/records.parquet`."""
+        import json
+
+        frame = self.to_pandas()
+        for column in ("bits", "params", "config", "history", "versions", "git", "timing"):
+            if column in frame:
+                frame[column] = frame[column].map(json.dumps)
+        target = Path(path) if path is not None else self.folder.path / "records.parquet"
+        frame.to_parquet(target, index=False)
+        return target
+
+    def front(self) -> "Front":
+        """The Pareto front of the complete points."""
+        return front_of([self])
+
+    def test(self, row: Mapping[str, Any]) -> float:
+        """Test accuracy of a point of the front, 0..1; computed once and kept.
+
+        Raises:
+            RecordError: the point's checkpoint is gone.
+        """
+        known = row.get("test_accuracy")
+        if known is not None and known == known:
+            return float(known)
+        accuracy = _test_accuracy(self, int(row["trial"]), str(row["point"]))
+        log = Log(self.folder.tests)
+        log.append({"trial": int(row["trial"]), "point": str(row["point"]), "test_accuracy": accuracy}, durable=True)
+        log.close()
+        return accuracy
+
+
+def load(path: str | Path) -> Result:
+    """The result of a run folder, finished or not.
+
+    Raises:
+        RecordError: no run folder.
+    """
+    return Result(path)
+
+
+def front_of(results: list[Result]) -> "Front":
+    """One front over the points of several sweeps, under the objectives of the first.
+
+    Raises:
+        RecordError: none of them has a complete trial.
+    """
+    from analysis.front import Front
+
+    rows = [{**row, "run": result.name} for result in results for row in result.records()]
+    if not any(row["status"] == "complete" for row in rows):
+        raise RecordError(f"no complete trial in {', '.join(str(result.path) for result in results)}")
+    if len(results) == 1:
+        rows = [{key: value for key, value in row.items() if key != "run"} for row in rows]
+    return Front.of(rows, results[0].objectives)
+
+
+def _test_accuracy(result: Result, trial: int, point: str) -> float:
+    """Rebuild a trial from its checkpoint and evaluate it on the test split."""
+    from trainables import checkpoint
+    from trainables.config import parse
+    from trainables.fit import Session
+
+    path = result.folder.trial(trial) / checkpoint.FILE
+    record = next((r for r in result.records() if r["trial"] == trial and r["point"] == point), None)
+    if record is None or not path.exists():
+        raise RecordError(f"trial {trial} has no checkpoint in {result.path}: only those of the front are kept")
+    root = result.description["sweep"]["data_root"]
+    session = Session(parse(record["config"]), data_root=None if root is None else Path(root))
+    checkpoint.load_weights(path, session.model)
+    return next(p.accuracy for p in session.measure(session.data.test) if p.label == point)

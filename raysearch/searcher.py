@@ -1,0 +1,70 @@
+"""The Tune searcher: asks the ledger, and passes what Tune hears on to the book.
+
+Metric and mode are None, so Tune neither checks nor interprets results: the truth of a trial is in its messages.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from raysearch.book import Book
+from raysearch.ledger import Ledger, Proposal
+
+
+class LedgerSearcher(Searcher):
+    """Proposals from the ledger to Tune, endings from Tune to the book.
+
+    Args:
+        ledger: who proposes.
+        book: who writes down.
+        tune_config: from a proposal to the config of a slot.
+    """
+
+    def __init__(self, ledger: Ledger, book: Book, tune_config: Callable[[Proposal], dict[str, Any]]) -> None:
+        super().__init__(metric=None, mode=None)
+        self._ledger, self._book, self._tune_config = ledger, book, tune_config
+        self._numbers: dict[str, int] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Nothing of Tune's own search settings applies."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's slot config, or FINISHED."""
+        proposal = self._ledger.propose()
+        if proposal is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = proposal.number
+        self._book.begin(proposal)
+        return self._tune_config(proposal)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """An epoch."""
+        message = result.get("message", {})
+        if "report" in message:
+            self._book.epoch(self._numbers[trial_id], message)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The end: Tune gives the last result, or says that the slot's process could not be kept alive."""
+        number = self._numbers.pop(trial_id)
+        message = (result or {}).get("message", {})
+        if error:
+            self._book.end(number, "failed", "its process died again and again; see the Ray logs")
+            return
+        if "report" in message:
+            self._book.epoch(number, message)
+        if "failed" in message:
+            self._book.end(number, "failed", message["failed"])
+        elif message.get("done"):
+            self._book.end(number, "complete")
+        else:
+            self._book.end(number, "pruned", "stopped early")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is on disk."""
+        with open(checkpoint_path, "w", encoding="utf-8") as file:
+            file.write("{}")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is on disk."""

@@ -1,0 +1,70 @@
+"""Slots: the Tune trainables that trials run through, one after the other, without starting a process for each.
+
+`InlineSlot` trains in its own process: one worker, the cheapest. `GroupSlot` hands trials to a Ray Train worker group
+that outlives them (`group`). Both take the next trial in `reset_config`, so Tune reuses their actors.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ray import tune
+
+from raysearch.group import Group
+from raysearch.worker import Message, messages, prepare_process
+
+
+class InlineSlot(tune.Trainable):
+    """Trains trial after trial in this process; a Tune step is an epoch."""
+
+    _messages: Iterator[Message]
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Prepare the process and take the first trial."""
+        prepare_process(config["cpus"])
+        self._messages = messages(config["job"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Drop what is left of the last trial and take the next one."""
+        self._messages.close()  # type: ignore[attr-defined]
+        self._messages = messages(new_config["job"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """One epoch."""
+        message = next(self._messages)
+        message["slot"] = os.getpid()
+        return {"message": message, "done": message["done"]}
+
+    def cleanup(self) -> None:
+        """Drop what is left of the last trial."""
+        self._messages.close()  # type: ignore[attr-defined]
+
+
+class GroupSlot(tune.Trainable):
+    """Hands trial after trial to one long-lived worker group; a Tune step is an epoch."""
+
+    _group: Group
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Start the worker group and hand it the first trial."""
+        self._group = Group(
+            config["workers"], cpus=config["cpus"], gpus=config["gpus"], storage=config["storage"], name=self.trial_id
+        )
+        self._group.post(config["job"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Hand over the next trial; the last one is stopped at its next epoch if it still runs."""
+        self._group.post(new_config["job"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next epoch."""
+        message = self._group.next_message()
+        message["slot"] = f"{os.getpid()}-{threading.get_native_id()}"
+        return {"message": message, "done": message["done"]}
+
+    def cleanup(self) -> None:
+        """End the worker group."""
+        self._group.close()

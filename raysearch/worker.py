@@ -1,0 +1,68 @@
+"""What runs where the training runs: a job in, messages out. Knows nothing of Ray; `slots` and `group` carry it.
+
+A job is one trial: its number, its configuration's tree, and where things lie. Its messages are JSON trees: one for each
+epoch (`report`), and at the end either `done` with the last report or `failed` with the reason. Whatever a trial does wrong is
+a message, never the end of the worker; nothing of a trial is left when the next one begins.
+"""
+
+import gc
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+Message = dict[str, Any]
+
+
+def make_job(number: int, tree: dict[str, Any], folder: Path, starts: Path, data_root: str | None, device: str) -> Job:
+    """The job of one trial, as it travels to a worker."""
+    return {
+        "number": number,
+        "tree": tree,
+        "folder": str(folder),
+        "starts": str(starts),
+        "data_root": data_root,
+        "device": device,
+    }
+
+
+def prepare_process(threads: int) -> None:
+    """Import what every trial needs, once, and keep it out of later garbage collections."""
+    import torch
+
+    import trainables.fit
+    import trainables.start
+
+    torch.set_num_threads(threads)
+    assert trainables.fit and trainables.start
+    gc.collect()
+    gc.freeze()
+
+
+def messages(job: Job) -> Iterator[Message]:
+    """Train one trial; yields a message for each epoch, the last one with `done` or `failed`."""
+    from trainables.config import parse
+    from trainables.fit import fit
+    from trainables.start import float_start
+
+    began_at = time.time()
+    root = None if job["data_root"] is None else Path(job["data_root"])
+    try:
+        config = parse(job["tree"])
+        start = float_start(config, Path(job["starts"]), data_root=root, device=job["device"])
+        for report in fit(config, data_root=root, start=start, folder=Path(job["folder"]), device=job["device"]):
+            yield {
+                "report": report.to_json(),
+                "done": report.epoch == report.epochs,
+                "began_at": began_at,
+                "reported_at": time.time(),
+            }
+    except Exception as error:  # a trial may fail in any way; it is recorded, and the sweep goes on
+        folder = Path(job["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        yield {"failed": f"{type(error).__name__}: {error}", "done": True, "began_at": began_at}
+    finally:
+        gc.collect()
