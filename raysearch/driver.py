@@ -286,6 +286,8 @@ def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any
             storage_path=str(absolute.path / "ray"),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=PROCESS_RETRIES),
+            # Trials keep their own checkpoints (trainables.checkpoint); Tune's would be pickles.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
     tuner.fit()

@@ -3,6 +3,7 @@
 Metric and mode are None, so Tune neither checks nor interprets results: the truth of a trial is in its messages.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,13 @@ class LedgerSearcher(Searcher):
         self._ledger, self._book, self._tune_config = ledger, book, tune_config
         self._numbers: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its parts for a restore that is never asked for: everything is on disk."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LedgerSearcher":
+        return self
+
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Nothing of Tune's own search settings applies."""
         return True
@@ -41,14 +49,14 @@ class LedgerSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An epoch."""
-        message = result.get("message", {})
+        message = _message(result)
         if "report" in message:
             self._book.epoch(self._numbers[trial_id], message)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The end: Tune gives the last result, or says that the slot's process could not be kept alive."""
         number = self._numbers.pop(trial_id)
-        message = (result or {}).get("message", {})
+        message = _message(result)
         if error:
             self._book.end(number, "failed", "its process died again and again; see the Ray logs")
             return
@@ -68,3 +76,8 @@ class LedgerSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is on disk."""
+
+
+def _message(result: dict[str, Any] | None) -> dict[str, Any]:
+    text = (result or {}).get("message")
+    return {} if text is None else json.loads(text)

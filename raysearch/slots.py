@@ -4,6 +4,7 @@
 that outlives them (`group`). Both take the next trial in `reset_config`, so Tune reuses their actors.
 """
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from ray import tune
 
 from raysearch.group import Group
 from raysearch.worker import Message, messages, prepare_process
+
+
+def _result(message: Message) -> dict[str, Any]:
+    """A Tune result; the message travels as text, because Tune flattens what is nested."""
+    return {"message": json.dumps(message), "done": message["done"]}
 
 
 class InlineSlot(tune.Trainable):
@@ -35,7 +41,7 @@ class InlineSlot(tune.Trainable):
         """One epoch."""
         message = next(self._messages)
         message["slot"] = os.getpid()
-        return {"message": message, "done": message["done"]}
+        return _result(message)
 
     def cleanup(self) -> None:
         """Drop what is left of the last trial."""
@@ -63,7 +69,7 @@ class GroupSlot(tune.Trainable):
         """Wait for the next epoch."""
         message = self._group.next_message()
         message["slot"] = f"{os.getpid()}-{threading.get_native_id()}"
-        return {"message": message, "done": message["done"]}
+        return _result(message)
 
     def cleanup(self) -> None:
         """End the worker group."""

@@ -34,9 +34,16 @@ class Quantizer(nn.Module):
         self.set_bits(bits)
 
     def set_bits(self, bits: int) -> None:
-        """Change the width to `bits` >= 1, in place, without a new graph."""
+        """Change the width, in place, without a new graph.
+
+        Raises:
+            ValueError: `bits` below 1, or below 2 when signed: codes -1, 0 and 1 take two bits.
+        """
+        lowest = 2 if self.signed else 1
+        if bits < lowest:
+            raise ValueError(f"bits = {bits}: a quantizer with signed = {self.signed} takes {lowest} or more")
         if self.signed:
-            self.q_max.fill_(max(2 ** (bits - 1) - 1, 1))
+            self.q_max.fill_(2 ** (bits - 1) - 1)
             self.q_min.copy_(-self.q_max if self.symmetric else -self.q_max - 1)
         else:
             self.q_max.fill_(2**bits - 1)

@@ -207,8 +207,8 @@ def _clip_forward_eager(x: Tensor, clip_max: Tensor, q_min: Tensor, q_max: Tenso
 def _clip_backward_eager(g: Tensor, x: Tensor, clip_max: Tensor, q_min: Tensor, q_max: Tensor) -> tuple[Tensor, Tensor]:
     if not _by_number(x) or float(q_min) < 0:
         return _clip_backward(g, x, clip_max, q_min, q_max)
-    above = x >= clip_max.clamp_min(SMALLEST_SCALE)
-    grad_max = _inner(g, above.to(g.dtype))
+    clip_max = clip_max.clamp_min(SMALLEST_SCALE)
+    grad_max = _inner(g, (x >= clip_max).to(g.dtype))
     return g.masked_fill((x > clip_max) | (x < 0), 0.0), grad_max
 
 
@@ -337,9 +337,9 @@ class _DorefaWeight(torch.autograd.Function):
             grad = _dorefa_backward(g, w, largest, steps, keep_scale)
         if ctx.through_max:
             t = w.tanh()
-            at = t.abs().argmax()
-            through = -t.flatten()[at].sign() * (g * t).sum() / largest**2 * (1 - t.flatten()[at] ** 2)
-            grad.view(-1)[at] += torch.where(steps == 1, 0.0, through)
+            at = torch.unravel_index(t.abs().argmax(), t.shape)  # in any layout
+            through = -t[at].sign() * (g * t).sum() / largest**2 * (1 - t[at] ** 2)
+            grad[at] += torch.where(steps == 1, 0.0, through)
         return grad, None, None, None
 
 

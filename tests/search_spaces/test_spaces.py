@@ -32,7 +32,7 @@ NETWORKS = [
     ("mobilenet_v2", "cifar10"),
 ]
 METHODS = ["lsq", "pact", "dorefa"]
-SAMPLES = 3
+SAMPLES = 2
 
 every_space = pytest.mark.parametrize("name", plugins.describe("search_spaces"))
 every_network = pytest.mark.parametrize("network", NETWORKS, ids="-".join)
@@ -62,8 +62,10 @@ def corner(space: dict[str, BaseDistribution], *, high: bool) -> Values:
     return {address: end(distribution, high=high) for address, distribution in space.items()}
 
 
-def proposals(space: dict[str, BaseDistribution]) -> list[Values]:
+@cache
+def proposals(name: str, network: tuple[str, str]) -> list[Values]:
     """All lows, all highs, and a few draws, which a seed repeats."""
+    space = space_of(name, layers(network))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     draws = [study.ask(space).params for _ in range(SAMPLES)]
     return [corner(space, high=False), corner(space, high=True), *draws]
@@ -128,7 +130,7 @@ def test_addresses_of_bits_name_layers_that_the_model_has(name: str, network: tu
 def test_every_proposal_is_a_valid_config_that_says_what_was_proposed(
     name: str, network: tuple[str, str], method: str
 ) -> None:
-    for values in proposals(space_of(name, layers(network))):
+    for values in proposals(name, network):
         config, bits = configured(method, network, values)
         assert {address: at(config.tree(), address) for address in values} == values
         assert list(bits) == [row.name for row in layer_table(config).quantizable]
@@ -190,7 +192,7 @@ def test_all_layers_gives_the_first_and_the_last_layer_widths_too(network: tuple
 
 @every_network
 def test_per_layer_gives_each_layer_its_own_widths(network: tuple[str, str]) -> None:
-    for values in proposals(space_of("per_layer", layers(network))):
+    for values in proposals("per_layer", network):
         _, bits = configured("lsq", network, values)
         assert values == {
             f"bits/{row.name}/{role}": getattr(bits[row.name], role)
@@ -202,7 +204,7 @@ def test_per_layer_gives_each_layer_its_own_widths(network: tuple[str, str]) -> 
 
 @every_network
 def test_per_block_gives_all_layers_of_a_block_its_widths(network: tuple[str, str]) -> None:
-    for values in proposals(space_of("per_block", layers(network))):
+    for values in proposals("per_block", network):
         _, bits = configured("lsq", network, values)
         for row in layers(network):
             if not (row.first or row.last):

@@ -4,8 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from trainables import quantize
+
+settings.register_profile("no deadline", deadline=None)  # the first example may compile or import
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)
