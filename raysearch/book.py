@@ -52,6 +52,7 @@ class Book:
         self._ended: dict[int, dict[str, Any]] = {}
         for row in self.rows:
             self._count(row)
+        self.ended_before = sum(self.counts.values())
         self._epochs_known = _known_epochs(folder)
         self._records, self._epochs = Log(folder.records), Log(folder.epochs)
         self.float_size_bytes = size_bytes(ledger.resolved.table, {}, extra_floats=0)
@@ -162,7 +163,9 @@ class Book:
     def _drop_checkpoints(self, number: int) -> None:
         """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it."""
         kept = {int(trial) for trial in self.front().to_pandas()["trial"]} if self.has_points() else set()
-        ended = {int(t) for t in complete_rows(self.rows, self.sweep.objectives)["trial"]} if self.has_points() else set()
+        ended = (
+            {int(t) for t in complete_rows(self.rows, self.sweep.objectives)["trial"]} if self.has_points() else set()
+        )
         for other in (ended | {number}) - kept:
             (self.folder.trial(other) / checkpoint.FILE).unlink(missing_ok=True)
 

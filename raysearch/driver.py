@@ -109,7 +109,9 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
 def _check_folder(folder: RunFolder) -> None:
     path = folder.path
     if folder.sweep.exists():
-        raise SweepError(f"{path} already holds a sweep: `raysearch resume {path}` goes on with it; or take another --out")
+        raise SweepError(
+            f"{path} already holds a sweep: `raysearch resume {path}` goes on with it; or take another --out"
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SweepError(f"{path} exists and is not an empty folder: take another --out")
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())

@@ -169,9 +169,7 @@ class Group:
             rank_loop,
             train_loop_config={"mailbox": self._mailbox, "cpus": cpus},
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
-            ),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
             run_config=RunConfig(
                 name=f"group-{name}-{time.time_ns()}",
                 storage_path=str(Path(storage)),

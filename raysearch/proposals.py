@@ -171,8 +171,10 @@ def cardinality(space: Space) -> float:
     total = 1.0
     for distribution in space.values():
         if isinstance(distribution, FloatDistribution):
-            total *= float("inf") if distribution.step is None else 1 + (
-                (distribution.high - distribution.low) // distribution.step
+            total *= (
+                float("inf")
+                if distribution.step is None
+                else 1 + ((distribution.high - distribution.low) // distribution.step)
             )
         else:
             total *= len(choices(distribution, limit=10**9))
@@ -190,5 +192,3 @@ def random_values(space: Space, generator: random.Random) -> dict[str, Any]:
         else:
             values[name] = generator.choice(choices(distribution, limit=10**9))
     return values
-
-

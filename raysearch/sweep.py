@@ -44,7 +44,9 @@ class Sweep:
     workers: int = _option(1, "Ray Train workers of a trial")
     concurrent: int | None = _option(None, "trials at the same time; default: what the cluster holds")
     cpus_per_worker: int = _option(1, "CPU cores of a worker")
-    gpus_per_worker: float | None = _option(None, "GPUs of a worker, a share such as 0.25 too; default: 1 if there are any")
+    gpus_per_worker: float | None = _option(
+        None, "GPUs of a worker, a share such as 0.25 too; default: 1 if there are any"
+    )
     train: bool = _option(False, "use a Ray Train worker group also for one CPU worker")
     sampler: str = _option("tpe", f"Optuna sampler behind the uniform proposals: {', '.join(SAMPLERS)}")
     seed: int = _option(0, "seed of search, weights and data order")

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from email import message_from_string
+from email import message_from_bytes
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,34 +13,39 @@ PACKAGES = {"raysearch", "search_spaces", "trainables", "analysis"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Text of each file of the wheel by its path; the folder of metadata is named `dist-info`."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Content of each file of the wheel by its path; the folder of metadata is named `dist-info`."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     (path,) = folder.iterdir()
     with ZipFile(path) as archive:
-        texts = {name: archive.read(name).decode("utf-8") for name in archive.namelist()}
+        contents = {name: archive.read(name) for name in archive.namelist()}
     version = path.name.split("-")[1]
-    return {name.replace(f"raysearch-{version}.dist-info", "dist-info", 1): text for name, text in texts.items()}
+    return {
+        name.replace(f"raysearch-{version}.dist-info", "dist-info", 1): content for name, content in contents.items()
+    }
 
 
-def test_the_wheel_holds_four_packages_and_its_metadata(wheel: dict[str, str]) -> None:
+def test_the_wheel_holds_four_packages_and_its_metadata(wheel: dict[str, bytes]) -> None:
     assert {name.split("/")[0] for name in wheel} == PACKAGES | {"dist-info"}
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
-def test_every_source_file_of_a_package_is_in_the_wheel(wheel: dict[str, str], package: str) -> None:
-    written = {p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in (ROOT / package).rglob("*.py")}
+def test_every_source_file_of_a_package_is_in_the_wheel(wheel: dict[str, bytes], package: str) -> None:
+    written = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / package).rglob("*.py")}
     assert f"{package}/__init__.py" in written
     assert {name: wheel.get(name) for name in written} == written
 
 
-def test_the_wheel_carries_its_license(wheel: dict[str, str]) -> None:
-    assert message_from_string(wheel["dist-info/METADATA"])["License-Expression"] == "Apache-2.0"
-    assert wheel["dist-info/licenses/LICENSE"] == (ROOT / "LICENSE").read_text("utf-8")
+def test_the_wheel_carries_its_license(wheel: dict[str, bytes]) -> None:
+    assert message_from_bytes(wheel["dist-info/METADATA"])["License-Expression"] == "Apache-2.0"
+    assert wheel["dist-info/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_wheel_installs_the_command(wheel: dict[str, str]) -> None:
-    assert wheel["dist-info/entry_points.txt"].split() == ["[console_scripts]", "raysearch", "=", "raysearch.cli:main"]
+def test_the_wheel_installs_the_command(wheel: dict[str, bytes]) -> None:
+    assert wheel["dist-info/entry_points.txt"].decode().splitlines() == [
+        "[console_scripts]",
+        "raysearch = raysearch.cli:main",
+    ]

@@ -31,13 +31,13 @@ def data_shape(config: TrialConfig) -> tuple[int, tuple[int, int, int]]:
 
     A data set whose settings change them defines `shape(settings) -> (classes, input_shape)`.
     """
-    module = plugins.load("data", config.data.name)
+    module = plugins.load("data", config.data.name.partition(":")[0])
     if hasattr(module, "shape"):
         return module.shape(config.data.settings)
-    return (
-        plugins.attribute("data", config.data.name, "CLASSES"),
-        plugins.attribute("data", config.data.name, "INPUT_SHAPE"),
-    )
+    for wanted in ("CLASSES", "INPUT_SHAPE"):
+        if not hasattr(module, wanted):
+            raise PluginError(f"{module.__name__!r} does not define {wanted!r}; a data set must")
+    return module.CLASSES, module.INPUT_SHAPE
 
 
 def build_model(config: TrialConfig, classes: int, input_shape: tuple[int, int, int], *, seed: int) -> nn.Module:

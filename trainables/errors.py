@@ -1,9 +1,9 @@
 """What can be wrong with what a person asked for, found before anything expensive starts.
 
-    ConfigError(ValueError)    a value, an address or a combination of settings
-    PluginError(ImportError)   an unknown method, model, data set or search space, or one that does not load
-    DataError(ValueError)      a data set that is missing, corrupt or of another shape than expected
-    DivergedError(ArithmeticError)  a training whose loss is no longer finite: the trial failed, nothing else did
+ConfigError(ValueError)    a value, an address or a combination of settings
+PluginError(ImportError)   an unknown method, model, data set or search space, or one that does not load
+DataError(ValueError)      a data set that is missing, corrupt or of another shape than expected
+DivergedError(ArithmeticError)  a training whose loss is no longer finite: the trial failed, nothing else did
 """
 
 

@@ -227,7 +227,9 @@ def _train(session: Session, optimizer: torch.optim.Optimizer, epoch: int) -> fl
     session.model.train()
     total = torch.zeros((), device=session.device)
     for step, (images, labels) in enumerate(session.batches(epoch)):
-        factor = learning_rate_factor(session.config, (epoch - 1) * steps + step, session.config.training.epochs * steps)
+        factor = learning_rate_factor(
+            session.config, (epoch - 1) * steps + step, session.config.training.epochs * steps
+        )
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.zero_grad(set_to_none=True)

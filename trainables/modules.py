@@ -161,7 +161,8 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
         images: one batch of the network's input, (batch, channels, height, width).
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, training = [norm.momentum for norm in norms], model.training
+    momenta = [norm.momentum for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
     hooks = []
     for _, layer in quantized_layers(model):
         layer.weight_quantizer.calibrate(layer.weight)
@@ -182,4 +183,5 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
             norm.momentum = momentum
         for norm, count in zip((n for n in norms if n.num_batches_tracked is not None), counts, strict=True):
             norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
-        model.train(training)
+        for module, training in modes:
+            module.training = training

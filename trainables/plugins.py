@@ -8,6 +8,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,16 +53,13 @@ def load(kind: str, name: str) -> ModuleType:
         PluginError: no such plug-in (with the nearest name), or it does not import (with the reason).
     """
     package = KINDS[kind]
-    if "." not in name:
-        names = list(describe(package))
-        if name not in names:
-            singular = {"methods": "method", "models": "model", "data": "data set", "spaces": "space"}[kind]
-            raise PluginError(f"unknown {singular} {name!r}{nearest(name, names)} (raysearch list {kind})")
-        name = f"{package}.{name}"
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise PluginError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+    if "." in name or f"{package}.{name}" in sys.modules:
+        return _import(name if "." in name else f"{package}.{name}")
+    names = list(describe(package))
+    if name not in names:
+        singular = {"methods": "method", "models": "model", "data": "data set", "spaces": "space"}[kind]
+        raise PluginError(f"unknown {singular} {name!r}{nearest(name, names)} (raysearch list {kind})")
+    return _import(f"{package}.{name}")
 
 
 def attribute(kind: str, name: str, wanted: str) -> Any:
@@ -82,6 +80,8 @@ def attribute(kind: str, name: str, wanted: str) -> Any:
 
 
 def _import(path: str) -> ModuleType:
+    if path in sys.modules:
+        return sys.modules[path]
     try:
         return importlib.import_module(path)
     except Exception as error:

@@ -33,7 +33,9 @@ def start_config(config: TrialConfig) -> TrialConfig:
     )
 
 
-def float_start(config: TrialConfig, folder: Path, *, data_root: Path | None = None, device: str = "cpu") -> Path | None:
+def float_start(
+    config: TrialConfig, folder: Path, *, data_root: Path | None = None, device: str = "cpu"
+) -> Path | None:
     """Path of the float weights that a trial starts from; trained now if nobody has. None: from scratch.
 
     Args:

@@ -273,4 +273,6 @@ def test_training_a_small_net_gives_the_published_losses_and_parameters(kernels,
     torch.testing.assert_close(torch.stack(losses), stored["losses"], **{"atol": 0, **tolerance["losses"]})
     assert set(stored) - {"x", "labels", "losses"} == set(computed)
     for name, value in computed.items():
-        torch.testing.assert_close(value.detach(), stored[name], **tolerance["params"], msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            value.detach(), stored[name], **tolerance["params"], msg=lambda t, n=name: f"{n}: {t}"
+        )

@@ -1,0 +1,39 @@
+"""A sweep's state in a few lines, from its run folder; works while another process drives it."""
+
+from collections import Counter
+from pathlib import Path
+
+from raysearch.records import read_lines
+from raysearch.result import Result
+
+
+def overview(path: Path, *, busy: bool) -> str:
+    """Counts, trials in training, the front and its hypervolume.
+
+    Args:
+        path: the run folder.
+        busy: whether a driver is at work on it.
+    """
+    result = Result(path)
+    rows = result.records()
+    ended = {row["trial"]: row["status"] for row in rows}
+    counts = Counter(ended.values())
+    trials = result.description["trials"]
+    running: dict[int, int] = {}
+    for line in read_lines(result.folder.epochs):
+        if line["trial"] not in ended:
+            running[line["trial"]] = line["epoch"]
+    state = "running" if busy else "finished" if len(ended) >= trials else "interrupted"
+    lines = [
+        f"{result.name}: {state}",
+        f"  {counts['complete']}/{trials} done, {counts['pruned']} pruned, {counts['failed']} failed",
+    ]
+    epochs = result.description["sweep"]["epochs"]
+    lines += [f"  trial {trial}: epoch {epoch}/{epochs}" for trial, epoch in sorted(running.items())]
+    lines += [f"  trial {row['trial']} {row['status']}: {row['reason']}" for row in rows if row["status"] == "failed"]
+    if counts["complete"]:
+        front = result.front()
+        lines += [f"  front: {len(front)} points, hypervolume {front.hypervolume():.4f}", "", front.table()]
+    if state == "interrupted":
+        lines += ["", f"go on with: raysearch resume {path}"]
+    return "\n".join(lines)

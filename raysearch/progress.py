@@ -1,0 +1,164 @@
+"""What a person sees while a sweep runs: a live view on a terminal, plain lines elsewhere."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from raysearch.driver import Watcher
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from raysearch.book import Book
+    from raysearch.records import RunFolder
+    from raysearch.sweep import Resolved
+
+REFRESH_S = 0.5
+BEST_SHOWN = 6
+
+
+def seconds_left(book: "Book", elapsed_s: float) -> float | None:
+    """Estimated rest of the sweep, from the pace so far; None before any trial ended."""
+    ended = sum(book.counts.values()) - book.ended_before
+    if ended <= 0:
+        return None
+    left = book.sweep.trials - sum(book.counts.values())
+    return left * elapsed_s / ended
+
+
+def clock(seconds: float | None) -> str:
+    """`1:02:03`, or a dash when unknown.
+
+    >>> clock(3723), clock(65), clock(None)
+    ('1:02:03', '1:05', '-')
+    """
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class PlainProgress(Watcher):
+    """One line for each trial that ends.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: "Console") -> None:
+        self.console = console
+        self._began = time.monotonic()
+        self._ended = 0
+
+    def say(self, text: str) -> None:
+        """One line, without wrapping or markup."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def started(self, folder: "RunFolder", resolved: "Resolved") -> None:
+        """Name the run folder."""
+        sweep = resolved.sweep
+        self.say(
+            f"{folder.path}: {sweep.trials} trials of {sweep.method} on {sweep.model}, {sweep.data}, "
+            f"{sweep.epochs} epochs, space {sweep.space} ({len(resolved.space)} parameters)"
+        )
+
+    def event(self, book: "Book") -> None:
+        """A line when a trial has ended."""
+        ended = sum(book.counts.values())
+        if ended == self._ended:
+            return
+        self._ended = ended
+        row = book.rows[-1]
+        left = clock(seconds_left(book, time.monotonic() - self._began))
+        volume = f"hypervolume {book.front().hypervolume():.4f}, " if book.has_points() else ""
+        self.say(f"trial {row['trial']} {outcome(row)} | {counts(book)} | {volume}{left} left")
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """What became of a trial, in a few words."""
+    if row["status"] != "complete":
+        return f"{row['status']}: {row['reason']}"
+    from analysis.front import human_bytes
+
+    cost = f"{row['relative_bops']:.2%} BOPs, {human_bytes(row['size_bytes'])}"
+    return f"complete: accuracy {row['accuracy']:.2%}, {cost} ({row['source']})"
+
+
+def counts(book: "Book") -> str:
+    """`5/24 done, 2 running, 0 pruned, 1 failed`."""
+    done = book.counts
+    return (
+        f"{done['complete']}/{book.sweep.trials} done, {len(book.live)} running, "
+        f"{done['pruned']} pruned, {done['failed']} failed"
+    )
+
+
+class LiveProgress(Watcher):
+    """A view that is redrawn in place: counts, trials in training, the best points, hypervolume, time left.
+
+    Args:
+        console: a terminal.
+    """
+
+    def __init__(self, console: "Console") -> None:
+        from rich.live import Live
+
+        self.console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._began = time.monotonic()
+        self._drawn = 0.0
+        self._title = ""
+
+    def started(self, folder: "RunFolder", resolved: "Resolved") -> None:
+        """Start drawing."""
+        sweep = resolved.sweep
+        self._title = f"{sweep.method} on {sweep.model}, {sweep.data} | {folder.path}"
+        self._live.start()
+
+    def event(self, book: "Book") -> None:
+        """Redraw, at most every half second or when a trial ended."""
+        now = time.monotonic()
+        if now - self._drawn >= REFRESH_S or not book.live:
+            self._drawn = now
+            self._live.update(self._view(book, now - self._began))
+
+    def closed(self) -> None:
+        """Stop drawing; the view goes away and leaves the screen to the result."""
+        self._live.stop()
+
+    def _view(self, book: "Book", elapsed_s: float) -> "RenderableType":
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        ended = sum(book.counts.values())
+        lines: list[RenderableType] = [
+            Text(self._title, style="bold"),
+            ProgressBar(total=book.sweep.trials, completed=ended, width=60),
+            Text(f"{counts(book)} | {clock(elapsed_s)} gone, {clock(seconds_left(book, elapsed_s))} left"),
+        ]
+        for number, live in sorted(book.live.items()):
+            last = live.history[-1] if live.history else None
+            state = f"accuracy {last['accuracy']:.2%}" if last else "starting"
+            epoch = last["epoch"] if last else 0
+            lines.append(Text(f"  trial {number}: epoch {epoch}/{book.sweep.epochs}, {state} ({live.proposal.source})"))
+        if book.has_points():
+            front = book.front()
+            table = Table(
+                title=f"front: {len(front)} points, hypervolume {front.hypervolume():.4f}", title_justify="left"
+            )
+            for column in ("trial", "accuracy", "relative BOPs", "size", "bits"):
+                table.add_column(column, justify="left" if column == "bits" else "right")
+            from analysis.front import human_bytes
+
+            for _, row in front.to_pandas().head(BEST_SHOWN).iterrows():
+                table.add_row(
+                    str(row["trial"]),
+                    f"{row['accuracy']:.2%}",
+                    f"{row['relative_bops']:.2%}",
+                    human_bytes(row["size_bytes"]),
+                    row["bits"],
+                )
+            lines.append(table)
+        return Group(*lines)

@@ -1,0 +1,405 @@
+"""One contract that every method passes unasked, on a plain network, one with batch norm, and one with signed layers.
+
+A new file in `trainables/methods` is found here by its name. The first and last layer have other widths than those between.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainables import checkpoint, modules, plugins
+from trainables.build import build_model
+from trainables.config import parse, settings_of
+from trainables.cost import INPUT_BITS, Bits, Layer, LayerBits, LayerTable, bops, size_bytes, uniform
+from trainables.layers import trace
+from trainables.method import Method, is_quantizer_parameter
+from trainables.methods.lsq import LearnedScale
+
+METHODS = list(plugins.describe("trainables.methods"))
+QUANTIZING = [name for name in METHODS if name != "float"]
+NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "lenet5": ({"width": 0.25}, (1, 8, 8)),
+    "resnet20": ({"depth": 8, "width": 8}, (3, 16, 16)),
+    "mobilenet_v2": ({"width": 0.25}, (3, 32, 32)),
+}
+CLASSES = 5
+BATCH = 8
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_quantizing_method = pytest.mark.parametrize("method", QUANTIZING)
+every_network = pytest.mark.parametrize("network", NETWORKS)
+
+
+@functools.cache
+def traced(network: str) -> tuple[nn.Module, LayerTable]:
+    fields_given, shape = NETWORKS[network]
+    config = parse({"method": "float", "model": {"name": network, **fields_given}, "data": "digits"})
+    model = build_model(config, CLASSES, shape, seed=0)
+    return model, trace(model, shape)
+
+
+@functools.cache
+def batch(network: str) -> tuple[Tensor, Tensor]:
+    """A fixed batch whose classes can be told apart: each has an image of its own under the noise."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(BATCH) % CLASSES
+    prototypes = torch.randn(CLASSES, *NETWORKS[network][1], generator=generator)
+    return prototypes[labels] + 0.1 * torch.randn(BATCH, *NETWORKS[network][1], generator=generator), labels
+
+
+@dataclass
+class Trial:
+    """A prepared network and what was asked for."""
+
+    method: Method
+    model: nn.Module
+    table: LayerTable
+    bits: Bits
+    images: Tensor
+    labels: Tensor
+
+    def losses(self) -> Iterator[Tensor]:
+        return self.method.losses(self.model, self.images, self.labels)
+
+    def optimizer(self, lr: float = 0.02) -> torch.optim.Optimizer:
+        groups = [{"params": group["params"], "lr": lr} for group in self.method.groups(self.model)]
+        return torch.optim.SGD(groups, momentum=0.9)
+
+    def train(self, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+        self.model.train()
+        sums = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            total = 0.0
+            for loss in self.losses():
+                loss.backward()
+                total += float(loss)
+            optimizer.step()
+            self.method.after_step(self.model)
+            sums.append(total)
+        return sums
+
+
+def prepared(method: str, network: str, width: int = 4, **settings: Any) -> Trial:
+    """Dropout is off, so that a loss on a fixed batch depends on the weights alone."""
+    plugin = plugins.attribute("methods", method, "Method")
+    instance = plugin(plugin.Settings(**settings))
+    model, table = traced(network)
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    bits = {} if method == "float" else uniform(table, width, max(2, width - 1))
+    instance.prepare(model, table, bits)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, labels = batch(network)
+    images = images.contiguous(memory_format=torch.channels_last)
+    instance.calibrate(model, images)
+    return Trial(instance, model, table, bits, images, labels)
+
+
+@every_method
+def test_every_method_derives_from_the_protocol_and_describes_itself(method):
+    plugin = plugins.attribute("methods", method, "Method")
+    assert issubclass(plugin, Method)
+    assert plugins.describe("trainables.methods")[method].endswith((".", ";")) or method
+    assert len(plugins.describe("trainables.methods")[method]) > 20
+    assert plugin.__doc__
+
+
+@every_method
+def test_every_setting_has_a_default_a_type_and_a_text(method):
+    settings = plugins.attribute("methods", method, "Method").Settings
+    assert settings() == settings()
+    listed = settings_of("method", method)
+    assert set(listed) == {field.name for field in fields(settings)}
+    for address, (_, default, text) in listed.items():
+        assert getattr(settings(), address) == default
+        assert len(text) > 5, f"method/{address} has no description"
+
+
+@every_method
+@every_network
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_every_trainable_parameter_gets_a_finite_gradient(method, network, width):
+    trial = prepared(method, network, width)
+    for loss in trial.losses():
+        assert loss.dim() == 0
+        assert bool(loss.isfinite())
+        loss.backward()
+    gradients = {name: p.grad for name, p in trial.model.named_parameters() if p.requires_grad}
+    assert [name for name, grad in gradients.items() if grad is None or not bool(grad.isfinite().all())] == []
+
+
+@every_method
+@every_network
+def test_every_trainable_parameter_is_in_exactly_one_group(method, network):
+    trial = prepared(method, network)
+    listed = [p for group in trial.method.groups(trial.model) for p in group["params"]]
+    assert len(listed) == len({id(p) for p in listed})
+    assert {id(p) for p in listed} == {id(p) for p in trial.model.parameters() if p.requires_grad}
+
+
+@every_quantizing_method
+@every_network
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_the_points_report_the_widths_asked_for_and_cost_what_the_table_says(method, network, width):
+    trial = prepared(method, network, width)
+    points = trial.method.points(trial.model)
+    assert len({point.label for point in points}) == len(points)
+    point = points[0]
+    assert dict(point.bits) == dict(trial.bits)
+    assert bops(trial.table, point.bits) == sum(
+        layer.macs * trial.bits[layer.name].weight * trial.bits[layer.name].activation for layer in trial.table.layers
+    )
+    floats = point.extra_floats
+    assert floats is not None
+    codes = sum((layer.weights * trial.bits[layer.name].weight + 7) // 8 for layer in trial.table.layers)
+    others = 4 * sum(layer.biases for layer in trial.table.layers) + 8 * trial.table.norm_channels
+    assert size_bytes(trial.table, point.bits, extra_floats=floats) == codes + others + 4 * floats
+
+
+def test_the_point_of_the_float_network_is_the_reference():
+    trial = prepared("float", "resnet20")
+    (point,) = trial.method.points(trial.model)
+    assert bops(trial.table, point.bits) == trial.table.macs * 1024
+    parameters = sum(p.numel() for p in trial.model.parameters())
+    assert size_bytes(trial.table, point.bits, extra_floats=point.extra_floats) == 4 * parameters
+
+
+@every_quantizing_method
+@every_network
+def test_widths_are_tensors_that_can_change_under_a_trained_network(method, network):
+    trial = prepared(method, network, 8)
+    buffers = dict(trial.model.named_buffers())
+    for name, layer in modules.quantized_layers(trial.model):
+        assert f"{name}.weight_quantizer.q_max" in buffers
+        layer.weight_quantizer.set_bits(3)
+        if layer.input_quantizer is not None:
+            assert f"{name}.input_quantizer.q_max" in buffers
+            layer.input_quantizer.set_bits(2)
+    changed = trial.method.points(trial.model)[0].bits
+    assert set(changed.values()) == {LayerBits(weight=3, activation=INPUT_BITS), LayerBits(weight=3, activation=2)}
+
+
+@every_quantizing_method
+@every_network
+def test_every_quantizable_layer_is_quantized_and_only_the_network_input_is_not(method, network):
+    trial = prepared(method, network)
+    layers = dict(modules.quantized_layers(trial.model))
+    assert set(layers) == {row.name for row in trial.table.quantizable}
+    for row in trial.table.quantizable:
+        reads = layers[row.name].input_quantizer
+        assert (reads is None) == row.first
+        assert reads is None or reads.signed == row.signed
+
+
+@every_method
+@every_network
+def test_a_few_steps_lower_the_loss_on_a_fixed_batch(method, network):
+    trial = prepared(method, network)
+    losses = trial.train(trial.optimizer(), 12)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@every_quantizing_method
+def test_training_moves_the_weights_and_every_quantizer_parameter(method):
+    trial = prepared(method, "resnet20")
+    before = {name: p.detach().clone() for name, p in trial.model.named_parameters()}
+    trial.train(trial.optimizer(), 3)
+    still = [name for name, p in trial.model.named_parameters() if torch.equal(p, before[name])]
+    assert still == []
+
+
+@every_method
+@every_network
+def test_the_same_start_gives_the_same_numbers(method, network):
+    first, second = prepared(method, network), prepared(method, network)
+    assert first.train(first.optimizer(), 3) == second.train(second.optimizer(), 3)
+    assert_equal_states(first.model, second.model)
+
+
+def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
+    state, other = a.state_dict(), b.state_dict()
+    assert set(state) == set(other)
+    assert [name for name, value in state.items() if not torch.equal(value, other[name])] == []
+
+
+@every_method
+@every_network
+def test_evaluation_changes_no_state_and_is_repeatable(method, network):
+    trial = prepared(method, network)
+    trial.train(trial.optimizer(), 1)
+    before = copy.deepcopy(trial.model)
+    trial.model.eval()
+    with torch.no_grad():
+        once, twice = trial.model(trial.images), trial.model(trial.images)
+    assert torch.equal(once, twice)
+    assert_equal_states(trial.model, before)
+    for point in trial.method.points(trial.model):
+        point.activate()
+    assert_equal_states(trial.model, before)
+
+
+@every_method
+@every_network
+def test_a_checkpoint_restores_a_trial_that_then_goes_on_alike(method, network, tmp_path: Path):
+    trial, other = prepared(method, network, 3), prepared(method, network, 8)  # other widths: bits are in the file
+    if method == "float":
+        other.bits = trial.bits
+    optimizer, other_optimizer = trial.optimizer(), other.optimizer()
+    trial.train(optimizer, 2)
+    checkpoint.save(tmp_path / "trial", trial.model, optimizer)
+    checkpoint.restore(tmp_path / "trial", other.model, other_optimizer)
+    assert_equal_states(trial.model, other.model)
+    assert other.method.points(other.model)[0].bits == trial.method.points(trial.model)[0].bits
+    assert trial.train(optimizer, 2) == other.train(other_optimizer, 2)
+
+
+@every_method
+@every_network
+def test_a_float_network_loads_into_the_prepared_one(method, network):
+    model, _ = traced(network)
+    trial = prepared(method, network)
+    missing, unexpected = trial.model.load_state_dict(model.state_dict(), strict=False)
+    assert unexpected == []
+    assert [name for name in missing if "_quantizer." not in name] == []
+
+
+@every_quantizing_method
+def test_at_eight_bits_a_quantized_network_is_near_the_float_one(method):
+    """Behind batch norm, so that a range of 0..1 is enough for DoReFa-Net too after its inputs are clipped alike."""
+    trial = prepared(method, "resnet20", 8)
+    float_trial = prepared("float", "resnet20")
+    if method == "dorefa":  # clips activations at 1, so compare where nothing is clipped
+        for t in (trial, float_trial):
+            for name, module in t.model.named_modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.data.fill_(0.15), module.bias.data.fill_(0.2)
+    with torch.no_grad():
+        a, b = trial.model.eval()(trial.images), float_trial.model.eval()(trial.images)
+    assert float((a - b).norm() / b.norm()) < 0.1
+
+
+@every_method
+@every_network
+def test_the_hooks_of_an_epoch_leave_a_working_network(method, network):
+    trial = prepared(method, network)
+    assert trial.method.after_epoch(trial.model, 1) in (True, False)
+    trial.method.freeze(trial.model)
+    assert bool(trial.model(trial.images).isfinite().all())
+
+
+@every_quantizing_method
+def test_label_smoothing_reaches_the_loss(method):
+    plain, smooth = prepared(method, "lenet5"), prepared(method, "lenet5")
+    smooth.method.label_smoothing = 0.5
+    wanted = nn.functional.cross_entropy(plain.model(plain.images), plain.labels, label_smoothing=0.5)
+    assert float(next(iter(smooth.losses()))) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert float(next(iter(plain.losses()))) != pytest.approx(float(wanted.detach()), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What only one method has
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("lsq", {}, 4 + 3),  # a scale for each weight tensor and each input but the image
+        ("lsq", {"per_channel": True}, 8 + 16 + 128 + 5 + 3),  # a scale for each output channel
+        ("pact", {}, 3 + 4),  # clip levels, and the largest weights
+        ("pact", {"variant": "A"}, 3),
+        ("dorefa", {}, 4),
+        ("dorefa", {"variant": "B"}, 0),
+    ],
+)
+def test_an_export_stores_as_many_floats_as_the_method_needs(method, settings, expected):
+    trial = prepared(method, "lenet5", **settings)
+    assert trial.method.points(trial.model)[0].extra_floats == expected
+
+
+def test_lsq_with_a_scale_for_each_channel_trains_them_all():
+    trial = prepared("lsq", "resnet20", per_channel=True)
+    layer = trial.model.get_submodule("layer1.0.conv1")
+    assert layer.weight_quantizer.scale.shape == (8,)
+    losses = trial.train(trial.optimizer(), 12)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(("method", "setting"), [("lsq", "scale_lr"), ("pact", "clip_lr")])
+def test_the_learning_rate_of_quantizers_is_that_of_weights_times_a_factor(method, setting):
+    trial = prepared(method, "lenet5", **{setting: 0.25})
+    weights, quantizers = trial.method.groups(trial.model)
+    assert "lr_factor" not in weights
+    assert quantizers["lr_factor"] == 0.25
+    names = {id(p): name for name, p in trial.model.named_parameters()}
+    assert all(is_quantizer_parameter(names[id(p)]) for p in quantizers["params"])
+    assert not any(is_quantizer_parameter(names[id(p)]) for p in weights["params"])
+
+
+def test_the_clip_levels_of_pact_start_at_a_number_or_from_the_batch():
+    clips = {
+        start: [
+            float(p) for n, p in prepared("pact", "lenet5", clip_init=start).model.named_parameters() if "clip" in n
+        ]
+        for start in (10.0, None)
+    }
+    assert clips[10.0] == [10.0] * 3
+    assert all(0 < clip != 1.0 for clip in clips[None])
+
+
+def test_the_penalty_of_pact_adds_the_squares_of_its_clip_levels():
+    plain, penalized = (prepared("pact", "lenet5", clip_init=2.0, clip_penalty=p) for p in (0.0, 0.5))
+    (a,), (b,) = plain.losses(), penalized.losses()
+    assert float((b - a).detach()) == pytest.approx(0.5 * 3 * 2.0**2, rel=1e-5)
+
+
+def test_dorefa_goes_down_to_one_bit():
+    method = plugins.attribute("methods", "dorefa", "Method")
+    model, table = traced("resnet20")
+    model = copy.deepcopy(model)
+    instance = method(method.Settings())
+    instance.prepare(model, table, uniform(table, 1, 1))
+    trial = Trial(instance, model, table, uniform(table, 1, 1), *batch("resnet20"))
+    losses = trial.train(trial.optimizer(), 12)
+    assert losses[-1] < losses[0]
+    assert instance.points(model)[0].bits == trial.bits
+    levels = {
+        name: layer.weight_quantizer(layer.weight).unique().numel() for name, layer in _inner_layers(model, table)
+    }
+    assert set(levels.values()) == {2}
+
+
+def _inner_layers(model: nn.Module, table: LayerTable) -> list[tuple[str, modules.QuantizedLayer]]:
+    ends = {row.name for row in table.layers if row.first or row.last}
+    return [(name, layer) for name, layer in modules.quantized_layers(model) if name not in ends]
+
+
+def test_a_method_without_quantizers_says_what_it_lacks():
+    model, table = traced("lenet5")
+    with pytest.raises(NotImplementedError, match=r"trainables\.method defines neither prepare nor input_quantizer"):
+        Method(Method.Settings()).prepare(copy.deepcopy(model), table, uniform(table, 4, 4))
+
+
+def test_the_scale_of_lsq_starts_at_the_published_value():
+    quantizer = LearnedScale(3, signed=False, shared=False)
+    quantizer.calibrate(torch.tensor([1.0, 3.0]))
+    assert float(quantizer.scale) == pytest.approx(2 * 2 / 7**0.5)
+
+
+def test_an_input_of_zeros_starts_a_scale_above_zero():
+    row = Layer(name="x", kind="conv", macs=1, weights=1, biases=0, channels=1)
+    for name in ("lsq", "pact"):
+        plugin = plugins.attribute("methods", name, "Method")
+        quantizer = plugin(plugin.Settings()).input_quantizer(row, 4)
+        quantizer.calibrate(torch.zeros(4, 4))
+        assert all(float(p) > 0 for p in quantizer.parameters())
+        assert bool((quantizer(torch.zeros(4, 4)) == 0).all())
