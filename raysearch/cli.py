@@ -61,16 +61,16 @@ def _say_error(error: Exception, code: int) -> int:
 
 def _sweep_options(*names: str) -> Callable[[Any], Any]:
     """Flags for the fields of `Sweep` (all, or those named)."""
-    hints = get_type_hints(Sweep)
+    hints = get_type_hints(Sweep, include_extras=True)
 
     def decorate(command: Any) -> Any:
         for f in reversed(dataclasses.fields(Sweep)):
             if f.name in SPECIAL or (names and f.name not in names):
                 continue
-            kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])
+            annotated, text = get_args(hints[f.name])
+            kind = next((t for t in get_args(annotated) if t is not type(None)), annotated)
             flag = f"--{f.name.replace('_', '-')}"
             shown = f.default is not None and kind is not bool
-            text = f.metadata["help"]
             command = click.option(
                 flag, type=kind, is_flag=kind is bool, default=f.default, show_default=shown, help=text
             )(command)

@@ -1,7 +1,7 @@
 """A Ray Train worker group that outlives its trials.
 
-A Train run costs 8 to 35 s to start; a trial may take less. So one `TorchTrainer` run is kept for each slot, and trial
-after trial is handed to its ranks through a mailbox, a small actor:
+A Train run costs 8 to 35 s to start; a trial may take less. So one `TorchTrainer` run is kept for each slot, and
+trial after trial is handed to its ranks through a mailbox, a small actor:
 
     Group.post(job) -> Mailbox -> every rank trains the job -> rank 0 reports each epoch -> Mailbox -> Group.next_message
 
@@ -102,7 +102,7 @@ class Mailbox:
         self._changed.notify_all()
 
 
-class RankFailed(RuntimeError):
+class RankError(RuntimeError):
     """Raised out of the loop of a rank, so that Train restarts the group."""
 
 
@@ -135,7 +135,7 @@ def _train(mailbox: Any, number: int, job: Job, rank: int, device: Any) -> None:
         if "failed" in message and world.size() > 1:
             if not _says_peer_died(message["failed"]):
                 ray.get(mailbox.fail.remote(number, message["failed"]))
-            raise RankFailed(message["failed"])
+            raise RankError(message["failed"])
         goes_on = torch.zeros((), device=device)
         if rank == 0:
             goes_on += ray.get(mailbox.report.remote(number, message))
@@ -162,7 +162,7 @@ class Group:
     """
 
     def __init__(self, workers: int, *, cpus: int, gpus: float, storage: str, name: str) -> None:
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 * workers + 16).remote()
+        self._mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 * workers + 16).remote()
         self._error: BaseException | None = None
         resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         self._trainer = TorchTrainer(
@@ -173,7 +173,7 @@ class Group:
             run_config=RunConfig(
                 name=f"group-{name}-{time.time_ns()}",
                 storage_path=str(Path(storage)),
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),  # type: ignore[call-arg]
             ),
         )
         self._thread = threading.Thread(target=self._fit, daemon=True, name="train-run")
@@ -196,7 +196,7 @@ class Group:
             TrialError: the Train run has ended.
         """
         while True:
-            message = ray.get(self._mailbox.next_message.remote())
+            message: Message | None = ray.get(self._mailbox.next_message.remote())
             if message is not None:
                 return message
             if not self._thread.is_alive():

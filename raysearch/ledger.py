@@ -15,9 +15,10 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from raysearch.proposals import Cost, Space, cardinality, cost_of, random_values, uniform_proposals
+from raysearch.proposals import Cost, cardinality, cost_of, random_values, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.sweep import Resolved
 from trainables.config import merged
@@ -76,17 +77,20 @@ class Ledger:
     def __init__(self, folder: RunFolder, resolved: Resolved) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.resolved, self.sweep, self.space = resolved, resolved.sweep, resolved.space
-        self.directions = ["maximize" if d == "max" else "minimize" for d in self.sweep.objectives.values()]
+        directions = [
+            StudyDirection.MAXIMIZE if direction == "max" else StudyDirection.MINIMIZE
+            for direction in self.sweep.objectives.values()
+        ]
         self._disk = optuna.create_study(
             storage=f"sqlite:///{folder.study.resolve()}",
             study_name=STUDY,
-            directions=self.directions,
+            directions=directions,
             load_if_exists=True,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._disk.set_metric_names(list(self.sweep.objectives))
-        self._memory = optuna.create_study(directions=self.directions)
+        self._memory = optuna.create_study(directions=directions)
         self._uniform = uniform_proposals(self.space, resolved.base, self.sweep.trials)
         self._size = cardinality(self.space)
         self._seen: dict[str, int] = {}

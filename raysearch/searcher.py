@@ -38,7 +38,7 @@ class LedgerSearcher(Searcher):
         """Nothing of Tune's own search settings applies."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next trial's slot config, or FINISHED."""
         proposal = self._ledger.propose()
         if proposal is None:

@@ -7,7 +7,7 @@ the layer table, and the search space.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from raysearch.errors import SweepError
 
@@ -21,40 +21,35 @@ DEFAULT_OBJECTIVES = {"accuracy": "max", "bops": "min", "size_bytes": "min"}
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field with a default and its text for `--help`."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """The question a sweep answers; each field is a flag of `raysearch sweep`."""
 
-    method: str = _option("lsq", "quantization method: a name (raysearch list methods) or a dotted path")
-    model: str = _option("lenet5", "network: a name, or package.module:factory")
-    data: str = _option("digits", "data set: a name or a dotted path")
-    data_root: str | None = _option(None, "where the data set lies")
-    download: bool = _option(False, "let torchvision download the data set into --data-root")
-    space: str = _option("per_layer", "search space: a name or a dotted path")
-    objectives: dict[str, str] = _option(DEFAULT_OBJECTIVES, "what to search for, as accuracy:max,bops:min,...")
-    trials: int = _option(24, "number of trials")
-    epochs: int = _option(5, "epochs of a trial")
-    workers: int = _option(1, "Ray Train workers of a trial")
-    concurrent: int | None = _option(None, "trials at the same time; default: what the cluster holds")
-    cpus_per_worker: int = _option(1, "CPU cores of a worker")
-    gpus_per_worker: float | None = _option(
-        None, "GPUs of a worker, a share such as 0.25 too; default: 1 if there are any"
+    method: Annotated[str, "quantization method: a name (raysearch list methods) or a dotted path"] = "lsq"
+    model: Annotated[str, "network: a name, or package.module:factory"] = "lenet5"
+    data: Annotated[str, "data set: a name or a dotted path"] = "digits"
+    data_root: Annotated[str | None, "where the data set lies"] = None
+    download: Annotated[bool, "let torchvision download the data set into --data-root"] = False
+    space: Annotated[str, "search space: a name or a dotted path"] = "per_layer"
+    objectives: Annotated[dict[str, str], "what to search for, as accuracy:max,bops:min,..."] = field(
+        default_factory=DEFAULT_OBJECTIVES.copy
     )
-    train: bool = _option(False, "use a Ray Train worker group also for one CPU worker")
-    sampler: str = _option("tpe", f"Optuna sampler behind the uniform proposals: {', '.join(SAMPLERS)}")
-    seed: int = _option(0, "seed of search, weights and data order")
-    max_bops: float | None = _option(None, "never train a configuration over so many BOPs")
-    max_relative_bops: float | None = _option(None, "never train one over this share of the 32x32-bit BOPs, 0..1")
-    max_size_bytes: float | None = _option(None, "never train one over so many bytes")
-    mlflow_uri: str | None = _option(None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder")
-    settings: dict[str, Any] = _option({}, "settings of every trial by address: optimizer/lr, training/batch_size, ...")
+    trials: Annotated[int, "number of trials"] = 24
+    epochs: Annotated[int, "epochs of a trial"] = 5
+    workers: Annotated[int, "Ray Train workers of a trial"] = 1
+    concurrent: Annotated[int | None, "trials at the same time; default: what the cluster holds"] = None
+    cpus_per_worker: Annotated[int, "CPU cores of a worker"] = 1
+    gpus_per_worker: Annotated[float | None, "GPUs of a worker, also a share; default: 1 if there are any"] = None
+    train: Annotated[bool, "use a Ray Train worker group also for one CPU worker"] = False
+    sampler: Annotated[str, "Optuna sampler behind the uniform proposals: tpe, nsga2, nsga3, gp, random, qmc"] = "tpe"
+    seed: Annotated[int, "seed of search, weights and data order"] = 0
+    max_bops: Annotated[float | None, "never train a configuration over so many BOPs"] = None
+    max_relative_bops: Annotated[float | None, "never train one over this share of the 32x32-bit BOPs, 0..1"] = None
+    max_size_bytes: Annotated[float | None, "never train one over so many bytes"] = None
+    mlflow_uri: Annotated[str | None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder"] = None
+    settings: Annotated[
+        dict[str, Any], "settings of every trial by address: optimizer/lr, training/batch_size, ..."
+    ] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """The JSON form. Credentials in `mlflow_uri` are left out."""

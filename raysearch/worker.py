@@ -1,8 +1,8 @@
 """What runs where the training runs: a job in, messages out. Knows nothing of Ray; `slots` and `group` carry it.
 
-A job is one trial: its number, its configuration's tree, and where things lie. Its messages are JSON trees: one for each
-epoch (`report`), and at the end either `done` with the last report or `failed` with the reason. Whatever a trial does wrong is
-a message, never the end of the worker; nothing of a trial is left when the next one begins.
+A job is one trial: its number, its configuration's tree, and where things lie. Its messages are JSON trees: one for
+each epoch (`report`), the last of them `done`, or `failed` with the reason. Whatever a trial does wrong is a message,
+never the end of the worker; nothing of a trial is left when the next one begins.
 """
 
 import gc
@@ -36,7 +36,6 @@ def prepare_process(threads: int) -> None:
     import trainables.start
 
     torch.set_num_threads(threads)
-    assert trainables.fit and trainables.start
     gc.collect()
     gc.freeze()
 

@@ -23,9 +23,14 @@ LATE = {  # what each imports only inside functions
     "raysearch": {"ray", "mlflow", "torch", "optuna", "matplotlib", "pandas"},
     "analysis": {"matplotlib"},
 }
-DERIVED = {  # files whose classes derive from a late library's; they are themselves imported inside functions
+DERIVED = {  # files made of a late library's types; they are themselves imported inside functions
+    "raysearch/book.py": {"optuna"},
+    "raysearch/ledger.py": {"optuna"},
+    "raysearch/proposals.py": {"optuna"},
     "raysearch/searcher.py": {"ray"},
     "raysearch/slots.py": {"ray"},
+    "raysearch/group.py": {"ray"},
+    "raysearch/mlflow_entries.py": {"pandas"},
 }
 LONGEST = 450
 

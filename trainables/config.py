@@ -2,8 +2,9 @@
 
 The tree is what is written to disk and sent to workers; `parse` turns it into a `TrialConfig` and names everything that
 is wrong with it at once. An address is a path in the tree: `optimizer/lr`, `method/per_channel`, `model/width`,
-`bits/conv1/weight`. A layer may be a shell pattern: `bits/*/weight`, `bits/layer1.*/weight`. A name goes before a pattern, a
-longer pattern before a shorter; the first and the last layer keep 8 bits unless they are named in full. There is no decoder: a search space's parameter names are addresses.
+`bits/conv1/weight`. A layer may be a shell pattern: `bits/*/weight`, `bits/layer1.*/weight`. A name goes before a
+pattern, a longer pattern before a shorter; the first and the last layer keep 8 bits unless named in full. There is
+no decoder: a search space's parameter names are addresses.
 """
 
 import hashlib

@@ -106,8 +106,10 @@ class Session:
             checkpoint.load_weights(start, self.model)
         self.method = self._method()
         self.method.prepare(self.model, self.table, self.bits)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.forward = torch.compile(self.model) if config.training.compile == "model" else self.model
+        self.model.to(self.device).to(memory_format=torch.channels_last)
+        self.forward: nn.Module = self.model
+        if config.training.compile == "model":
+            self.forward = torch.compile(self.model)  # type: ignore[assignment]
 
     def _method(self) -> Method:
         found = plugins.attribute("methods", self.config.method.name, "Method")

@@ -62,28 +62,18 @@ class Quantizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say how it quantizes")
 
 
-class _QuantizedLayer(nn.Module):
-    """What the two quantized layers share: the quantizers, and the layer's row in the table."""
+def _take(new: "QuantizedLayer", layer: nn.Module, weights: Quantizer, inputs: Quantizer | None) -> None:
+    """Give a new quantized layer the parameters of `layer`, and its quantizers."""
+    new.weight, new.bias = layer.weight, layer.bias  # type: ignore[assignment]
+    new.weight_quantizer, new.input_quantizer = weights, inputs
+    new.train(layer.training)
 
-    weight: Tensor
-    bias: Tensor | None
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution whose input and weights are quantized; bias and accumulation stay float."""
+
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
-
-    def _take(self, layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
-        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
-        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
-        self.train(layer.training)
-
-    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            x if self.input_quantizer is None else self.input_quantizer(x),
-            self.weight_quantizer(self.weight),
-        )
-
-
-class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
-    """A convolution whose input and weights are quantized; bias and accumulation stay float."""
 
     def __init__(self, layer: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
         nn.Conv2d.__init__(
@@ -99,25 +89,30 @@ class QuantizedConv2d(_QuantizedLayer, nn.Conv2d):
             layer.padding_mode,
             device="meta",
         )
-        self._take(layer, weight_quantizer, input_quantizer)
+        _take(self, layer, weight_quantizer, input_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as in `nn.Conv2d`."""
-        x, weight = self._quantized(x)
-        return self._conv_forward(x, weight, self.bias)
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantizedLinear(_QuantizedLayer, nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer whose input and weights are quantized; bias and accumulation stay float."""
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
 
     def __init__(self, layer: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
         nn.Linear.__init__(self, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self._take(layer, weight_quantizer, input_quantizer)
+        _take(self, layer, weight_quantizer, input_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as in `nn.Linear`."""
-        x, weight = self._quantized(x)
-        return nn.functional.linear(x, weight, self.bias)
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return nn.functional.linear(x, self.weight_quantizer(self.weight), self.bias)
 
 
 QuantizedLayer = QuantizedConv2d | QuantizedLinear

@@ -69,10 +69,7 @@ def attribute(kind: str, name: str, wanted: str) -> Any:
         PluginError: no such plug-in, or its module lacks the object.
     """
     path, _, other = name.partition(":")
-    if other and "." not in path:
-        module = _import(path)
-    else:
-        module = load(kind, path)
+    module = _import(path) if other and "." not in path else load(kind, path)
     found = getattr(module, other or wanted, None)
     if found is None:
         raise PluginError(f"{path!r} does not define {other or wanted!r}; a plug-in of {kind} must")

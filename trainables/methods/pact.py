@@ -4,10 +4,10 @@ Choi et al. 2018, arXiv:1805.06085. The bound `clip_max` (the paper's alpha) has
 decayed like a weight. The clip replaces the ReLU: it is the quantizer of what the next layer reads, and after a ReLU it
 is the same function. Where a layer reads negative values the range is -clip_max..clip_max, an extension.
 
-The paper starts `clip_max` at a large constant (10 for CIFAR ResNet-20) and trains from scratch. By default it starts here at
-`2 * mean |x| * sqrt(q_max)` of the first batch (LSQ's rule), which suits short trainings from a float start;
-`method/clip_init` sets a number. `method/clip_penalty` adds `clip_penalty * sum clip_max^2` to the loss, on top of weight
-decay, as one public implementation does.
+The paper starts `clip_max` at a large constant (10 for CIFAR ResNet-20) and trains from scratch. By default it starts
+here at `2 * mean |x| * sqrt(q_max)` of the first batch (LSQ's rule), which suits short trainings from a float start;
+`method/clip_init` sets a number. `method/clip_penalty` adds `clip_penalty * sum clip_max^2` to the loss, on top of
+weight decay, as one public implementation does.
 """
 
 from collections.abc import Iterator
