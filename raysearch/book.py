@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from optuna.trial import TrialState
 
 from analysis.front import Front
-from analysis.rows import complete_rows
+from analysis.pareto import non_dominated
 from raysearch.ledger import Ledger, Proposal
 from raysearch.records import SCHEMA, Log, RunFolder
 from trainables import checkpoint
@@ -162,11 +163,13 @@ class Book:
 
     def _drop_checkpoints(self, number: int) -> None:
         """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it."""
-        kept = {int(trial) for trial in self.front().to_pandas()["trial"]} if self.has_points() else set()
-        ended = (
-            {int(t) for t in complete_rows(self.rows, self.sweep.objectives)["trial"]} if self.has_points() else set()
-        )
-        for other in (ended | {number}) - kept:
+        complete = [row for row in self.rows if row["status"] == "complete"]
+        kept: set[int] = set()
+        if complete:
+            signs = [-1 if direction == "max" else 1 for direction in self.sweep.objectives.values()]
+            values = np.array([[row[name] for name in self.sweep.objectives] for row in complete], dtype=float) * signs
+            kept = {row["trial"] for row, on_front in zip(complete, non_dominated(values), strict=True) if on_front}
+        for other in ({row["trial"] for row in complete} | {number}) - kept:
             (self.folder.trial(other) / checkpoint.FILE).unlink(missing_ok=True)
 
 

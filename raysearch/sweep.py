@@ -148,6 +148,9 @@ def _check_values(sweep: Sweep) -> None:
         faults.append(f"max_relative_bops = {sweep.max_relative_bops!r}: a share of the 32x32-bit BOPs, 0..1")
     if sweep.sampler not in SAMPLERS:
         faults.append(f"unknown sampler {sweep.sampler!r}{nearest(sweep.sampler, list(SAMPLERS))}")
+    fields_of_trials = {"training/epochs": "--epochs", "seed": "--seed", "method/name": "--method"}
+    fields_of_trials |= {"model/name": "--model", "data/name": "--data"}
+    faults += [f"--set {a}: use {flag}" for a, flag in fields_of_trials.items() if a in sweep.settings]
     try:
         check_objectives(sweep.objectives)
     except ValueError as error:

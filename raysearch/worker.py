@@ -65,3 +65,4 @@ def messages(job: Job) -> Iterator[Message]:
         yield {"failed": f"{type(error).__name__}: {error}", "done": True, "began_at": began_at}
     finally:
         gc.collect()
+        gc.freeze()  # what is left belongs to the process; the next collection need not look at it

@@ -74,10 +74,19 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
         index, key = name.split("/", 1)
         values.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+    _lay_out_like_parameters(optimizer)
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
     return state
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give momenta the strides of their parameters, which the file lacks: fused optimizers read in the order of memory."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
