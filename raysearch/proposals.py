@@ -47,7 +47,11 @@ class Cost:
             (self.relative_bops, sweep.max_relative_bops, "relative BOPs"),
             (self.size_bytes, sweep.max_size_bytes, "bytes"),
         )
-        broken = [f"{have:.6g} {unit} (limit {limit:.6g})" for have, limit, unit in limits if limit and have > limit]
+        broken = [
+            f"{have:.6g} {unit} (limit {limit:.6g})"
+            for have, limit, unit in limits
+            if limit is not None and have > limit
+        ]
         return ", ".join(broken)
 
 

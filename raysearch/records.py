@@ -80,8 +80,10 @@ class RunFolder:
             tree = json.loads(self.sweep.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecordError(f"{self.path} is no run folder: it has no sweep.json") from None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # not JSON, or not even text
             raise RecordError(f"cannot read {self.sweep}: {error}") from error
+        if not isinstance(tree, dict):
+            raise RecordError(f"cannot read {self.sweep}: it holds {json.dumps(tree)[:40]} instead of a sweep")
         if tree.get("schema") != SCHEMA:
             raise RecordError(f"{self.sweep} has schema {tree.get('schema')!r}; this version reads {SCHEMA}")
         return tree
@@ -108,7 +110,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a log; none if the file does not exist.
 
     Raises:
-        RecordError: a complete line that is not JSON.
+        RecordError: a complete line that is no JSON object.
     """
     if not path.exists():
         return
@@ -117,9 +119,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+            except ValueError as error:  # not JSON, or not even text
                 raise RecordError(f"{path}, line {number} is damaged: {error}") from error
+            if not isinstance(row, dict):
+                raise RecordError(f"{path}, line {number} is damaged: it is no object")
+            yield row
 
 
 class Log:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysearch.sweep import Sweep, resolve
+from raysearch.sweep import Sweep, trial_config
 
 if TYPE_CHECKING:
     from trainables.fit import Report
@@ -26,7 +26,7 @@ def train(sweep: Sweep, out: str | Path | None = None, *, threads: int | None = 
     from trainables.fit import fit
     from trainables.start import float_start
 
-    config = resolve(sweep).config
+    config = trial_config(sweep)
     if threads is not None:
         torch.set_num_threads(threads)
     root = None if sweep.data_root is None else Path(sweep.data_root)

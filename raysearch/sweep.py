@@ -4,6 +4,7 @@
 the layer table, and the search space.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,7 +35,7 @@ class Sweep:
     objectives: Annotated[dict[str, str], "what to search for, as accuracy:max,bops:min,..."] = field(
         default_factory=DEFAULT_OBJECTIVES.copy
     )
-    trials: Annotated[int, "number of trials"] = 24
+    trials: Annotated[int, "number of trials"] = 32
     epochs: Annotated[int, "epochs of a trial"] = 5
     workers: Annotated[int, "Ray Train workers of a trial"] = 1
     concurrent: Annotated[int | None, "trials at the same time; default: what the cluster holds"] = None
@@ -100,33 +101,55 @@ def resolve(sweep: Sweep) -> Resolved:
     Raises:
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
     """
-    from trainables import plugins
     from trainables.build import layer_table
-    from trainables.config import merged, parse
 
-    _check_values(sweep)
-    base = merged(
-        {"method": {"name": sweep.method}, "model": {"name": sweep.model}, "data": {"name": sweep.data}},
-        {"training/epochs": sweep.epochs, "seed": sweep.seed, **sweep.settings},
-    )
-    config = parse(base)
+    config = trial_config(sweep)
     if config.training.batch_size % sweep.workers:
         raise SweepError(
             f"training/batch_size = {config.training.batch_size} cannot be shared by {sweep.workers} workers: "
             f"take a multiple of {sweep.workers}"
         )
     table = layer_table(config)
-    space = plugins.attribute("spaces", sweep.space, "space")(table.quantizable)
-    _check_space(sweep, space)
+    base, space = config.tree(), _space(sweep, table)
     _check_proposals(sweep, base, table, space)
-    return Resolved(sweep, config.tree(), config, table, space)
+    return Resolved(sweep, base, config, table, space)
+
+
+def trial_config(sweep: Sweep) -> "TrialConfig":
+    """The configuration of a trial before any proposal; the search space is not looked at.
+
+    Raises:
+        SweepError, ConfigError, PluginError: what is wrong, and what to do.
+    """
+    from trainables.config import merged, parse
+
+    _check_types(sweep)
+    _check_values(sweep)
+    tree = {"method": {"name": sweep.method}, "model": {"name": sweep.model}, "data": {"name": sweep.data}}
+    return parse(merged(tree, {"training/epochs": sweep.epochs, "seed": sweep.seed, **sweep.settings}))
+
+
+def _check_types(sweep: Sweep) -> None:
+    """A sweep may come from a JSON file that a person wrote."""
+    text, no_text = ("method", "model", "data", "space", "sampler"), ("data_root", "mlflow_uri")
+    given = {f.name: getattr(sweep, f.name) for f in fields(sweep)}
+    faults = [f"{name} = {given[name]!r}: text" for name in text if not isinstance(given[name], str)]
+    faults += [f"{name} = {given[name]!r}: text" for name in no_text if not isinstance(given[name], str | None)]
+    for name in ("download", "train"):
+        if not isinstance(given[name], bool):
+            faults.append(f"{name} = {given[name]!r}: true or false")
+    for name in ("objectives", "settings"):
+        if not isinstance(given[name], dict) or not all(isinstance(key, str) for key in given[name]):
+            faults.append(f"{name} = {given[name]!r}: a dictionary by name")
+    if faults:
+        raise SweepError("; ".join(faults))
 
 
 def _check_values(sweep: Sweep) -> None:
     from analysis.rows import check_objectives
     from trainables.plugins import nearest
 
-    faults = []
+    faults = _setting_faults(sweep.settings)
     for name, low, high in (
         ("trials", 1, 10**6),
         ("epochs", 1, 10**5),
@@ -142,15 +165,13 @@ def _check_values(sweep: Sweep) -> None:
             faults.append(f"{name} = {value!r}: an integer from {low} to {high}")
     for name in ("max_bops", "max_relative_bops", "max_size_bytes", "gpus_per_worker"):
         value = getattr(sweep, name)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
+        if isinstance(value, bool) or not (isinstance(value, int | float | None) and 0 <= (value or 0) < float("inf")):
             faults.append(f"{name} = {value!r}: a number >= 0")
     if sweep.max_relative_bops is not None and sweep.max_relative_bops > 1:
         faults.append(f"max_relative_bops = {sweep.max_relative_bops!r}: a share of the 32x32-bit BOPs, 0..1")
     if sweep.sampler not in SAMPLERS:
-        faults.append(f"unknown sampler {sweep.sampler!r}{nearest(sweep.sampler, list(SAMPLERS))}")
-    fields_of_trials = {"training/epochs": "--epochs", "seed": "--seed", "method/name": "--method"}
-    fields_of_trials |= {"model/name": "--model", "data/name": "--data"}
-    faults += [f"--set {a}: use {flag}" for a, flag in fields_of_trials.items() if a in sweep.settings]
+        hint = nearest(sweep.sampler, list(SAMPLERS)) or f"; one of {', '.join(SAMPLERS)}"
+        faults.append(f"unknown sampler {sweep.sampler!r}{hint}")
     try:
         check_objectives(sweep.objectives)
     except ValueError as error:
@@ -159,9 +180,30 @@ def _check_values(sweep: Sweep) -> None:
         raise SweepError("; ".join(faults))
 
 
-def _check_space(sweep: Sweep, space: Any) -> None:
+def _setting_faults(settings: Mapping[str, Any]) -> list[str]:
+    from trainables.config import PLUGINS, SECTIONS
+
+    flags = {"training/epochs": "--epochs", "seed": "--seed"} | {f"{part}/name": f"--{part}" for part in PLUGINS}
+    faults = [f"--set {address}: use {flags[address]}" for address in settings if address in flags]
+    groups = settings.keys() & {*PLUGINS, *SECTIONS, "bits"}
+    faults += [f"--set {group}: a group of settings; name one of them, as in {group}/..." for group in sorted(groups)]
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError) as error:
+        faults.append(f"settings: {error}; give numbers, text, true, false or null")
+    return faults
+
+
+def _space(sweep: Sweep, table: "LayerTable") -> dict[str, "BaseDistribution"]:
     from optuna.distributions import BaseDistribution
 
+    from trainables import plugins
+    from trainables.errors import PluginError
+
+    try:
+        space = plugins.attribute("spaces", sweep.space, "space")(table.quantizable)
+    except TypeError as error:
+        raise PluginError(f"space {sweep.space!r} cannot be made of a model's layers: {error}") from error
     if not isinstance(space, dict) or not all(isinstance(d, BaseDistribution) for d in space.values()):
         raise SweepError(f"space {sweep.space!r} must return a dict of Optuna distributions by address")
     if not space:
@@ -169,6 +211,7 @@ def _check_space(sweep: Sweep, space: Any) -> None:
     taken = sorted(set(space) & set(sweep.settings))
     if taken:
         raise SweepError(f"{', '.join(taken)}: set by --set and searched by space {sweep.space!r}; leave one out")
+    return space
 
 
 def _check_proposals(sweep: Sweep, base: dict[str, Any], table: Any, space: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model, with_config
 
@@ -22,7 +22,7 @@ from trainables.cost import INPUT_BITS, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
 
 Tree = dict[str, Any]
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 ENDS_BITS = 8
 """Width of the first and the last layer unless told otherwise."""
 DEFAULT_BITS = 4
@@ -35,7 +35,7 @@ class Optimizer:
     """How the weights are trained."""
 
     name: Annotated[Literal["sgd", "adam", "adamw"], Field(description="optimizer")] = "sgd"
-    lr: Annotated[float, Field(gt=0, le=100, description="peak learning rate")] = 0.01
+    lr: Annotated[float, Field(gt=0, le=100, description="peak learning rate")] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd, beta1 of adam")] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1, description="weight decay")] = 1e-4
     schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="decay to 0 over the trial")] = (
@@ -60,7 +60,7 @@ class Training:
 class Start:
     """The float network that every trial starts from: trained once, or a file, or nothing (epochs = 0)."""
 
-    epochs: Annotated[int, Field(ge=0, le=100_000, description="epochs of the float start; 0: from scratch")] = 5
+    epochs: Annotated[int, Field(ge=0, le=100_000, description="epochs of the float start; 0: from scratch")] = 10
     lr: Annotated[float, Field(gt=0, le=100, description="learning rate of the float start")] = 0.05
     checkpoint: Annotated[str | None, Field(description="safetensors file to start from instead")] = None
 
@@ -109,6 +109,8 @@ class TrialConfig:
 
 SECTIONS: dict[str, type] = {"optimizer": Optimizer, "training": Training, "start": Start}
 PLUGINS = {"method": "methods", "model": "models", "data": "data"}
+_NOT_SETTINGS = ("download", "classes", "num_classes", "input_shape")
+"""Keyword parameters of a factory that whoever calls it fills in."""
 
 
 def merged(tree: Tree, values: Mapping[str, Any]) -> Tree:
@@ -120,6 +122,8 @@ def merged(tree: Tree, values: Mapping[str, Any]) -> Tree:
     copy: Tree = json.loads(json.dumps(tree))
     for address, value in values.items():
         *path, last = address.split("/")
+        if path and path[0] in PLUGINS and isinstance(copy.get(path[0]), str):
+            copy[path[0]] = {"name": copy[path[0]]}
         node = copy
         for step in path:
             node = node.setdefault(step, {})
@@ -143,8 +147,11 @@ def parse(tree: Mapping[str, Any]) -> TrialConfig:
             faults.append(f"unknown address {name!r}{plugins.nearest(name, sorted(known))}")
     parts: dict[str, Any] = {}
     for name, kind in PLUGINS.items():
-        given = tree.get(name)
-        given = {"name": given} if isinstance(given, str) else dict(given or {})
+        given = tree.get(name) or {}
+        given = {"name": given} if isinstance(given, str) else given
+        if not isinstance(given, Mapping) or not isinstance(given.get("name", ""), str):
+            faults.append(f"{name} = {given!r}: a name or a group of settings with one is needed")
+            continue
         if "name" not in given:
             faults.append(f"{name}/name is missing: one of {', '.join(plugins.describe(plugins.KINDS[kind]))}")
             continue
@@ -179,18 +186,21 @@ def _description(annotation: Any) -> str:
 def _plugin_fields(part: str, name: str) -> dict[str, tuple[Any, Any]]:
     if part == "method":
         settings = plugins.attribute("methods", name, "Method").Settings
-        return {f.name: (_hint(settings, f.name), f.default) for f in fields(settings)}
+        hints = get_type_hints(settings, include_extras=True)  # inherited ones too
+        return {f.name: (hints[f.name], _default(f)) for f in fields(settings)}
     function = plugins.attribute(PLUGINS[part], name, {"model": "build", "data": "splits"}[part])
     hints = inspect.get_annotations(function, eval_str=True)
     return {
         p.name: (hints.get(p.name, Any), p.default)
         for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name != "download"
+        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_SETTINGS
     }
 
 
-def _hint(owner: type, name: str) -> Any:
-    return inspect.get_annotations(owner, eval_str=True)[name]
+def _default(setting: Any) -> Any:
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return inspect.Parameter.empty if setting.default is MISSING else setting.default
 
 
 def _settings(part: str, name: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
@@ -218,13 +228,18 @@ def _validated(adapter: TypeAdapter[Any], value: Any, where: str, known: list[st
                 name = str(fault["loc"][-1])
                 hint = plugins.nearest(name, known) or f"; {where} takes {', '.join(known) or 'no settings'}"
                 faults.append(f"unknown address {address!r}{hint}")
+            elif fault["type"] == "missing":
+                faults.append(f"{address} is missing: it has no default")
             else:
                 faults.append(f"{address} = {fault['input']!r}: {fault['msg'].lower()}")
         return None
 
 
-def _bits(tree: Mapping[str, Any], faults: list[str]) -> dict[str, dict[str, int]]:
+def _bits(tree: Any, faults: list[str]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
+    if not isinstance(tree, Mapping):
+        faults.append(f"bits = {tree!r}: give bits/LAYER/weight and bits/LAYER/activation")
+        return found
     for layer, widths in tree.items():
         if not isinstance(widths, Mapping):
             faults.append(f"bits/{layer} = {widths!r}: give bits/{layer}/weight and bits/{layer}/activation")
@@ -275,7 +290,7 @@ def _width(bits: Mapping[str, Mapping[str, int]], layer: Layer, role: str) -> in
     if layer.first or layer.last:
         return ENDS_BITS
     patterns = [name for name, widths in bits.items() if role in widths and fnmatchcase(layer.name, name)]
-    return bits[max(patterns, key=len)][role] if patterns else DEFAULT_BITS
+    return bits[max(patterns, key=lambda name: (len(name), name))][role] if patterns else DEFAULT_BITS
 
 
 def _width_faults(config: TrialConfig, layer: Layer, width: LayerBits, method: Any) -> Iterable[str]:

@@ -156,7 +156,7 @@ def test_a_config_survives_the_trip_through_its_tree_and_json(values):
         ({"bits/conv1": 4}, "bits/conv1 = 4: give bits/conv1/weight and bits/conv1/activation"),
         ({"bits/conv1/weight": 4.5}, "bits/conv1/weight = 4.5: an integer number of bits"),
         ({"bits/conv1/weight": True}, "bits/conv1/weight = True: an integer number of bits"),
-        ({"bits": 4}, "bits = 4: a group of settings is needed"),
+        ({"bits": 4}, "bits = 4: give bits/LAYER/weight and bits/LAYER/activation"),
         ({"optimizer": 4}, "optimizer = 4"),
         ({"method": 4}, "method = 4: a name or a group of settings with one is needed"),
         ({"method": {"name": 4}}, "method = {'name': 4}: a name or a group of settings with one is needed"),
@@ -284,7 +284,7 @@ def test_the_order_in_which_bits_are_given_does_not_matter(values):
 @pytest.mark.parametrize(
     ("values", "fault"),
     [
-        ({"bits/conv9/weight": 4}, "bits/conv9: model 'lenet5' has no such layer; did you mean 'conv1'?"),
+        ({"bits/conv9/weight": 4}, "bits/conv9: model 'lenet5' has no such layer; did you mean 'conv2'?"),
         ({"bits/layer*/weight": 4}, "bits/layer*: model 'lenet5' has no such layer"),
         ({"bits/conv2/weight": 1}, "bits/conv2/weight = 1: method 'lsq' takes 2..8 (use 'dorefa' for 1 bit)"),
         ({"bits/conv2/weight": 9}, "bits/conv2/weight = 9: method 'lsq' takes 2..8"),
@@ -310,7 +310,9 @@ def test_all_faults_of_the_bits_are_named_at_once():
 def test_one_bit_is_for_unsigned_activations_only():
     base = {**BASE, "method": "dorefa", "model": {"name": "mobilenet_v2", "width": 0.25}, "data": "cifar10"}
     assert widths({"bits/features.1.conv.1/activation": 1}, base)["features.1.conv.1"].activation == 1
-    with pytest.raises(ConfigError, match=r"activation = 1: method 'dorefa' takes 2\.\.8 where the layer reads negative"):
+    with pytest.raises(
+        ConfigError, match=r"activation = 1: method 'dorefa' takes 2\.\.8 where the layer reads negative"
+    ):
         widths({"bits/features.2.conv.0.0/activation": 1}, base)
 
 
@@ -461,7 +463,7 @@ def test_a_method_of_ones_own_inherits_settings_and_adds_some(lab):
 
 
 def test_a_required_setting_that_is_missing_is_a_fault(lab):
-    with pytest.raises(ConfigError, match="method/needed.*field required"):
+    with pytest.raises(ConfigError, match="method/needed is missing: it has no default"):
         at({"method": lab})
     assert settings_of("method", lab)["scale_lr"][1:] == (1.0, "learning rate of scales over that of weights")
 
@@ -490,7 +492,7 @@ def test_a_factory_of_another_library_works_by_its_path():
 def test_a_factory_that_makes_no_module_or_lacks_a_setting_is_an_error(lab):
     with pytest.raises(PluginError, match=r"model 'configlab\.own:not_a_module' made a int"):
         build_model(at({"model": f"{lab}:not_a_module"}), 10, (1, 8, 8), seed=0)
-    with pytest.raises(ConfigError, match="model/width.*field required"):
+    with pytest.raises(ConfigError, match="model/width is missing: it has no default"):
         at({"model": f"{lab}:strict"})
 
 
@@ -504,8 +506,8 @@ def test_building_a_model_draws_from_its_seed_and_not_from_the_global_state():
 
 
 def test_a_model_that_does_not_take_the_images_is_an_error():
-    with pytest.raises(ConfigError, match="model 'vgg7' does not accept 'digits' images|input shape"):
-        layer_table(at({"model": "vgg7"}))
+    with pytest.raises(ConfigError, match=r"model 'torchvision\.models:squeezenet1_1' does not accept 'digits' images"):
+        layer_table(at({"model": "torchvision.models:squeezenet1_1"}))
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist", "cifar10"])
@@ -517,7 +519,9 @@ def test_the_shape_of_a_data_set_is_known_without_loading_it(data):
 
 @pytest.mark.parametrize("kind", ["method", "model", "data"])
 def test_settings_are_listed_with_their_types_defaults_and_texts(kind):
-    for name in plugins.describe({"method": "trainables.methods", "model": "trainables.models"}.get(kind, "trainables.data")):
+    for name in plugins.describe(
+        {"method": "trainables.methods", "model": "trainables.models"}.get(kind, "trainables.data")
+    ):
         tree = at({kind: {"name": name}}).tree()[kind]
         assert {key: default for key, (_, default, _) in settings_of(kind, name).items()} == {
             key: value for key, value in tree.items() if key != "name"

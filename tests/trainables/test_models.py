@@ -137,7 +137,12 @@ def test_vgg7_has_the_published_layers():
     [(28, None, 1024), (32, None, 1600), (16, None, 64), (15, None, 576), (8, None, 256), (8, 4, 1600), (28, 2, 3136)],
 )
 def test_lenet5_pads_images_below_16_pixels_unless_told_otherwise(side, padding, features):
-    assert build("lenet5", 10, (1, side, side), padding=padding).fc1.in_features == features
+    assert build("lenet5", 10, (1, side, side), width=1.0, padding=padding).fc1.in_features == features
+
+
+@pytest.mark.parametrize(("side", "channels"), [(28, 32), (16, 32), (15, 8), (8, 8)])
+def test_lenet5_is_a_quarter_as_wide_for_images_below_16_pixels(side, channels):
+    assert build("lenet5", 10, (1, side, side)).conv1.out_channels == channels
 
 
 @pytest.mark.parametrize(("width", "channels"), [(0.25, (8, 16, 128)), (2.0, (64, 128, 1024)), (1e-9, (1, 1, 1))])

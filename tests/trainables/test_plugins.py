@@ -33,7 +33,11 @@ def test_every_plugin_of_ours_has_a_describing_first_line(package):
 
 
 def test_describing_gives_first_lines_and_imports_nothing(lab):
-    assert plugins.describe("mylab") == {"broken": "Needs what is not there.", "silent": "", "ternary": "Ternary weights."}
+    assert plugins.describe("mylab") == {
+        "broken": "Needs what is not there.",
+        "silent": "",
+        "ternary": "Ternary weights.",
+    }
     assert not any(name.startswith("mylab.") for name in sys.modules)
 
 

@@ -1,0 +1,507 @@
+"""Training on real digits: reproducible, resumable, alone or on two ranks; and the float start that trials share."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainables import checkpoint
+from trainables.config import TrialConfig, merged, parse
+from trainables.errors import ConfigError, DivergedError
+from trainables.fit import Report, Session, evaluate, fit, learning_rate_factor
+from trainables.start import float_start, start_config
+
+METHODS = ["float", "lsq", "pact", "dorefa"]
+QUANTIZING = METHODS[1:]
+ROOT = Path(__file__).parents[2]
+
+BASE: dict[str, Any] = {
+    "method": "lsq",
+    "model": {"name": "lenet5", "width": 0.25},
+    "data": {"name": "digits", "train_limit": 256, "validation_limit": 100},
+    "training": {"epochs": 3, "batch_size": 32},
+    "start": {"epochs": 1},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "lenet5": {"name": "lenet5", "width": 0.25},
+    "resnet20": {"name": "resnet20", "depth": 8, "width": 4},
+}
+
+
+def configured(**values: Any) -> TrialConfig:
+    """The base with values at their addresses; `__` stands for a slash."""
+    return parse(merged(BASE, {name.replace("__", "/"): value for name, value in values.items()}))
+
+
+def outcome(report: Report) -> dict[str, Any]:
+    """What a report says, but for the times it took."""
+    return {key: value for key, value in report.to_json().items() if key not in ("seconds", "first_step_at")}
+
+
+def outcomes(config: TrialConfig, **options: Any) -> list[dict[str, Any]]:
+    return [outcome(report) for report in fit(config, **options)]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    tensors, _ = checkpoint.read(folder / checkpoint.FILE)
+    return tensors
+
+
+def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert set(left) == set(right)
+    assert [name for name, value in left.items() if not torch.equal(value, right[name])] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def test_a_training_reports_each_epoch_with_the_cost_and_the_bits():
+    reports = list(fit(configured(bits__conv2__weight=2)))
+    assert [(report.epoch, report.epochs) for report in reports] == [(1, 3), (2, 3), (3, 3)]
+    for report in reports:
+        (point,) = report.points
+        assert point.label == "final"
+        assert 0 <= point.accuracy <= 1
+        assert point.bits == {"conv1": [8, 8], "conv2": [2, 4], "fc1": [4, 4], "fc2": [8, 8]}
+        assert 0 < point.relative_bops < 0.1
+        assert 0 < point.size_bytes < 20_000
+        assert report.seconds > 0
+    assert len({report.first_step_at for report in reports}) == 1
+
+
+def test_a_report_survives_the_trip_through_json():
+    report = next(fit(configured()))
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_nothing_is_trained_before_the_first_report_is_asked_for():
+    fit(configured(model__width=-1))  # a generator: the fault shows when it starts
+    with pytest.raises(ConfigError, match="model/width = -1"):
+        next(fit(configured(model__width=-1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_digits_from_the_float_start(method, tmp_path):
+    config = configured(
+        method=method,
+        model__width=0.5,
+        data={"name": "digits"},
+        training__epochs=2,
+        start__epochs=3,
+        bits={} if method == "float" else {"*": {"weight": 4, "activation": 4}},
+    )
+    start = float_start(config, tmp_path)
+    if method == "float":
+        config = start_config(replace(config, start=replace(config.start, epochs=5)))
+    *_, last = fit(config, start=start)
+    assert last.points[0].accuracy > 0.9
+
+
+@pytest.mark.parametrize("method", QUANTIZING)
+def test_a_trial_from_the_float_start_begins_where_the_float_network_ended(method, tmp_path):
+    config = configured(method=method, start__epochs=3, bits={"*": {"weight": 8, "activation": 8}})
+    start = float_start(config, tmp_path)
+    assert start is not None
+    _, state = checkpoint.read(start)
+    session = Session(config, start=start)
+    session.calibrate()
+    accuracy, _ = evaluate(session.model, session.data.validation, session.device)
+    assert accuracy > state["history"][-1]["points"][0]["accuracy"] - 0.15
+    fresh, _ = evaluate(Session(config).model, session.data.validation, session.device)
+    assert fresh < 0.5
+
+
+def test_compiled_quantizers_train_to_the_same_losses_as_eager_ones():
+    eager, compiled = (outcomes(configured(training__epochs=2, training__compile=how)) for how in ("off", "quantizers"))
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["points"][0]["loss"] == pytest.approx(b["points"][0]["loss"], rel=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers, whenever and wherever
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trial_gives_the_same_numbers_in_any_order_and_after_any_other(model, method, tmp_path):
+    """Between two runs of it come trials of every other method, in one process, with another random state."""
+    config = configured(method=method, model=MODELS[model], training__epochs=2, data__augment="crop-flip")
+    first = outcomes(config, folder=tmp_path / "first")
+    for other in METHODS:
+        if other != method:
+            next(fit(configured(method=other, model=MODELS[model], training__epochs=1, seed=7)))
+    torch.manual_seed(123)
+    assert outcomes(config, folder=tmp_path / "second") == first
+    assert_same_tensors(weights(tmp_path / "first"), weights(tmp_path / "second"))
+
+
+def test_two_trials_that_take_turns_do_not_disturb_each_other():
+    one, two = configured(seed=1), configured(seed=2, method="pact")
+    alone = outcomes(one), outcomes(two)
+    turns = [(outcome(a), outcome(b)) for a, b in zip(fit(one), fit(two), strict=True)]
+    assert ([a for a, _ in turns], [b for _, b in turns]) == alone
+
+
+def test_another_process_gives_the_same_numbers():
+    configs = [configured(method=method, training__epochs=1) for method in QUANTIZING]
+    code = """
+import json, sys, torch
+torch.set_num_threads(1)
+from trainables.config import parse
+from trainables.fit import fit
+print(json.dumps([[report.to_json() for report in fit(parse(tree))] for tree in json.loads(sys.stdin.read())]))
+"""
+    trees = json.dumps([config.tree() for config in configs])
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=trees, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    elsewhere = [[outcome(Report.from_json(tree)) for tree in trial] for trial in json.loads(done.stdout)]
+    assert elsewhere == [outcomes(config) for config in configs]
+
+
+def test_another_seed_gives_other_numbers():
+    assert outcomes(configured(seed=0)) != outcomes(configured(seed=1))
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer__lr": 0.02}, {"bits__conv2__weight": 2}, {"training__label_smoothing": 0.1}]
+)
+def test_a_setting_that_is_changed_acts(change):
+    assert outcomes(configured(**change)) != outcomes(configured())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on from a checkpoint
+
+
+@pytest.mark.parametrize("closed_after", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("method", "model", "optimizer"),
+    [
+        ("lsq", "lenet5", "sgd"),
+        ("pact", "resnet20", "sgd"),
+        ("dorefa", "resnet20", "adam"),
+        ("lsq", "resnet20", "adamw"),
+        ("float", "resnet20", "sgd"),
+    ],
+)
+def test_a_trial_closed_at_any_epoch_goes_on_bit_by_bit(method, model, optimizer, closed_after, tmp_path):
+    config = configured(
+        method=method, model=MODELS[model], optimizer={"name": optimizer, "lr": 0.003}, data__train_limit=128
+    )
+    whole = outcomes(config, folder=tmp_path / "whole")
+    trial = fit(config, folder=tmp_path / "parts")
+    for _ in range(closed_after):
+        next(trial)
+    trial.close()
+    torch.manual_seed(99)
+    parts = outcomes(config, folder=tmp_path / "parts")
+    assert parts == whole[closed_after - 1 :]  # the saved epoch is reported again
+    assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_finished_trial_is_reported_again_without_training(tmp_path):
+    config = configured()
+    *_, last = fit(config, folder=tmp_path)
+    before = (tmp_path / checkpoint.FILE).stat().st_mtime_ns
+    assert list(fit(config, folder=tmp_path)) == [last]
+    assert (tmp_path / checkpoint.FILE).stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_is_on_disk_before_its_epoch_is_reported(tmp_path):
+    for report in fit(configured(), folder=tmp_path):
+        _, state = checkpoint.read(tmp_path / checkpoint.FILE)
+        assert (state["epoch"], state["report"]) == (report.epoch, report.to_json())
+    assert parse(state["config"]) == configured()
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    next(fit(configured()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_checkpoint_is_refused_and_not_trained_over(tmp_path):
+    next(fit(configured(), folder=tmp_path))
+    path = tmp_path / checkpoint.FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cannot read checkpoint"):
+        next(fit(configured(), folder=tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergence
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_whose_loss_is_not_finite_raises(method):
+    config = configured(
+        method=method, optimizer={"lr": 100, "weight_decay": 1}, training__epochs=8
+    )  # grows 99-fold a step
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf)"):
+        list(fit(config))
+
+
+def test_a_trial_after_a_diverged_one_gives_the_numbers_it_always_gives():
+    wanted = outcomes(configured(training__epochs=1))
+    with pytest.raises(DivergedError):
+        list(fit(configured(method="pact", optimizer={"lr": 100, "weight_decay": 1}, training__epochs=8)))
+    assert outcomes(configured(training__epochs=1)) == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule and evaluation
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, factors):
+    config = configured(optimizer__schedule=schedule)
+    assert [learning_rate_factor(config, step, 4) for step in range(4)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warmup_rises_to_the_peak_and_then_only_falls(schedule):
+    config = configured(optimizer__schedule=schedule, optimizer__warmup=0.25)
+    factors = [learning_rate_factor(config, step, 40) for step in range(40)]
+    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert factors[10] == 1
+    assert all(a >= b > 0 for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_evaluation_counts_every_example_once_and_keeps_the_mode():
+    session = Session(configured())
+    session.model.train()
+    accuracy, loss = evaluate(session.model, session.data.validation, session.device)
+    assert session.model.training
+    ((images, labels),) = session.data.validation.batches(100, device=session.device, seed=None, augment=False)
+    with torch.no_grad():
+        logits = session.model.eval()(images)
+    assert accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The float start
+
+
+def test_the_float_start_is_trained_once(tmp_path):
+    first = float_start(configured(), tmp_path)
+    assert first is not None
+    before = first.stat().st_mtime_ns
+    again = float_start(configured(method="pact", optimizer__lr=0.3, bits__conv2__weight=2), tmp_path)
+    assert again == first
+    assert first.stat().st_mtime_ns == before
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock") == [".safetensors"]
+
+
+def test_the_float_start_holds_the_float_network_and_its_history(tmp_path):
+    config = configured(start__epochs=2)
+    path = float_start(config, tmp_path)
+    assert path is not None
+    tensors, state = checkpoint.read(path)
+    session = Session(start_config(config))
+    assert {name.removeprefix("model/") for name in tensors} == set(session.model.state_dict())
+    assert [report["epoch"] for report in state["history"]] == [1, 2]
+    assert parse(state["config"]) == start_config(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"model__width": 0.5}, {"data__train_limit": 128}, {"start__epochs": 2}, {"start__lr": 0.01}],
+)
+def test_another_model_data_set_seed_or_start_has_a_float_start_of_its_own(tmp_path, change):
+    assert float_start(configured(**change), tmp_path) != float_start(configured(), tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"method": "float"}, {"start__epochs": 0}], ids=["float", "from scratch"])
+def test_a_float_trial_and_one_from_scratch_have_no_start(tmp_path, values):
+    assert float_start(configured(**values), tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_ask_at_once_train_one_float_start(tmp_path):
+    found: list[Path | None] = []
+    threads = [threading.Thread(target=lambda: found.append(float_start(configured(), tmp_path))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".safetensors"] == [found[0].name]  # type: ignore[union-attr]
+
+
+START = """
+import json, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from trainables.config import parse
+from trainables.start import float_start
+path = float_start(parse(json.loads(sys.stdin.read())), Path(sys.argv[1]))
+print(json.dumps([str(path), path.stat().st_mtime_ns]))
+"""
+
+
+def test_processes_that_ask_at_once_train_one_float_start(tmp_path):
+    tree = json.dumps(configured(start__epochs=2).tree())
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for _ in range(2)
+    ]
+    answers = [json.loads(process.communicate(tree, timeout=120)[0]) for process in started]
+    assert answers[0] == answers[1]  # a second training would have written the file anew
+
+
+def test_a_start_whose_trainer_was_killed_is_taken_over(tmp_path):
+    """What a killed process leaves behind: a lock file that nobody holds, and a checkpoint of its first epoch."""
+    config = configured(start__epochs=2)
+    wanted = float_start(config, tmp_path / "whole")
+    assert wanted is not None
+    left = (tmp_path / "left" / wanted.name).with_suffix(".training")
+    next(trial := fit(start_config(config), folder=left))
+    trial.close()
+    left.with_suffix(".lock").touch()
+    found = float_start(config, tmp_path / "left")
+    assert found is not None
+    assert_same_tensors(checkpoint.read(found)[0], checkpoint.read(wanted)[0])
+
+
+def test_a_start_checkpoint_is_used_as_given(tmp_path):
+    path = float_start(configured(), tmp_path)
+    assert float_start(configured(start__checkpoint=str(path)), tmp_path / "unused") == path
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_start_checkpoint_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="start/checkpoint = nowhere: no such file"):
+        float_start(configured(start__checkpoint="nowhere"), tmp_path)
+
+
+def test_a_start_checkpoint_of_another_model_is_refused(tmp_path):
+    start = float_start(configured(model__width=0.5), tmp_path)
+    with pytest.raises(ConfigError, match=r"is of another model: .* has shape"):
+        next(fit(configured(), start=start))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two ranks
+
+RANK = """
+import json, os, sys, torch
+import torch.distributed as dist
+from pathlib import Path
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from trainables.config import parse
+from trainables.fit import fit
+from trainables.start import float_start
+rank, out = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+answers = []
+for number, tree in enumerate(json.loads(sys.stdin.read())):
+    config = parse(tree)
+    folder = out / f"trial{number}"
+    start = float_start(config, out / "starts")
+    trial, reports = fit(config, start=start, folder=folder), []
+    for report in trial:
+        reports.append(report.to_json())
+        model = trial.gi_frame.f_locals["session"].model  # only rank 0 writes a checkpoint
+    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(state, out / f"rank{rank}-trial{number}.safetensors")
+    answers.append(reports)
+dist.barrier()
+dist.destroy_process_group()
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[TrialConfig], Path, list[Any]]]:
+    """One training of each method by two processes; its configurations, its folder, and what each rank reported."""
+    out = tmp_path_factory.mktemp("ranks")
+    configs = [configured(method=method, training__epochs=2) for method in QUANTIZING]
+    configs.append(configured(model=MODELS["resnet20"], training__epochs=2, data__augment="crop-flip"))
+    trees = json.dumps([config.tree() for config in configs])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        assert process.stdin is not None
+        process.stdin.write(trees)
+        process.stdin.close()
+        process.stdin = None
+    answers = [json.loads(process.communicate(timeout=180)[0]) for process in ranks]
+    yield configs, out, answers
+
+
+@pytest.mark.parametrize("number", range(len(QUANTIZING)), ids=QUANTIZING)
+def test_two_ranks_train_to_the_losses_and_weights_of_one(two_ranks, number, tmp_path):
+    """Without batch norm, whose statistics are those of each rank's share."""
+    configs, out, answers = two_ranks
+    start = float_start(configs[number], tmp_path)
+    assert start is not None
+    torch.testing.assert_close(
+        checkpoint.read(start)[0], checkpoint.read(out / "starts" / start.name)[0], rtol=1e-3, atol=1e-5
+    )
+    alone = outcomes(configs[number], start=out / "starts" / start.name, folder=tmp_path / "alone")
+    for one, two in zip(alone, answers[0][number], strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert two["points"][0]["loss"] == pytest.approx(one["points"][0]["loss"], rel=1e-3)
+        assert two["points"][0]["accuracy"] == pytest.approx(one["points"][0]["accuracy"], abs=0.011)
+    mine, theirs = weights(tmp_path / "alone"), weights(out / f"trial{number}")
+    for name in mine:
+        if name.startswith("model/"):
+            torch.testing.assert_close(
+                mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
+            )
+
+
+@pytest.mark.parametrize("number", range(4), ids=[*QUANTIZING, "lsq with batch norm"])
+def test_ranks_end_with_equal_weights_and_reports(two_ranks, number):
+    from safetensors.torch import load_file
+
+    _, out, answers = two_ranks
+    states = [load_file(out / f"rank{rank}-trial{number}.safetensors") for rank in range(2)]
+    counts = [name for name in states[0] if "num_batches_tracked" in name]
+    assert_same_tensors(*states)
+    assert len(counts) == (9 if number == 3 else 0)
+    reports = [[outcome(Report.from_json(tree)) for tree in answers[rank][number]] for rank in range(2)]
+    assert reports[0] == reports[1]
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error():
+    from trainables.splits import batch_slices
+
+    with pytest.raises(ConfigError, match="cannot be shared by 4 workers"):
+        batch_slices(100, 3, seed=0, augment=False, rank=0, world=4)
