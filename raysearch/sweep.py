@@ -5,6 +5,7 @@ the layer table, and the search space.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,7 +32,7 @@ class Sweep:
     data: Annotated[str, "data set: a name or a dotted path"] = "digits"
     data_root: Annotated[str | None, "where the data set lies"] = None
     download: Annotated[bool, "let torchvision download the data set into --data-root"] = False
-    space: Annotated[str, "search space: a name or a dotted path"] = "per_layer"
+    space: Annotated[str, "search space: a name or a dotted path"] = "all_layers"
     objectives: Annotated[dict[str, str], "what to search for, as accuracy:max,bops:min,..."] = field(
         default_factory=DEFAULT_OBJECTIVES.copy
     )
@@ -163,12 +164,15 @@ def _check_values(sweep: Sweep) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             faults.append(f"{name} = {value!r}: an integer from {low} to {high}")
-    for name in ("max_bops", "max_relative_bops", "max_size_bytes", "gpus_per_worker"):
+    for name, high, words in (
+        ("max_bops", sys.float_info.max, "a number >= 0"),
+        ("max_relative_bops", 1, "a share of the 32x32-bit BOPs, 0..1"),
+        ("max_size_bytes", sys.float_info.max, "a number >= 0"),
+        ("gpus_per_worker", sys.float_info.max, "a number >= 0"),
+    ):
         value = getattr(sweep, name)
-        if isinstance(value, bool) or not (isinstance(value, int | float | None) and 0 <= (value or 0) < float("inf")):
-            faults.append(f"{name} = {value!r}: a number >= 0")
-    if sweep.max_relative_bops is not None and sweep.max_relative_bops > 1:
-        faults.append(f"max_relative_bops = {sweep.max_relative_bops!r}: a share of the 32x32-bit BOPs, 0..1")
+        if isinstance(value, bool) or not (isinstance(value, int | float | None) and 0 <= (value or 0) <= high):
+            faults.append(f"{name} = {value!r}: {words}")
     if sweep.sampler not in SAMPLERS:
         hint = nearest(sweep.sampler, list(SAMPLERS)) or f"; one of {', '.join(SAMPLERS)}"
         faults.append(f"unknown sampler {sweep.sampler!r}{hint}")

@@ -82,7 +82,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give momenta the strides of their parameters, which the file lacks: fused optimizers read in the order of memory."""
+    """Give momenta the strides of their parameters, which the file lacks; fused steps read in memory order."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if value.shape == parameter.shape:

@@ -1,11 +1,11 @@
 """Training on real digits: reproducible, resumable, alone or on two ranks; and the float start that trials share."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ def test_warmup_rises_to_the_peak_and_then_only_falls(schedule):
     factors = [learning_rate_factor(config, step, 40) for step in range(40)]
     assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert factors[10] == 1
-    assert all(a >= b > 0 for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b > 0 for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_evaluation_counts_every_example_once_and_keeps_the_mode():
@@ -439,7 +439,7 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[TrialConfig], Path, list[Any]]]:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TrialConfig], Path, list[Any]]:
     """One training of each method by two processes; its configurations, its folder, and what each rank reported."""
     out = tmp_path_factory.mktemp("ranks")
     configs = [configured(method=method, training__epochs=2) for method in QUANTIZING]
@@ -462,7 +462,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[T
         process.stdin.close()
         process.stdin = None
     answers = [json.loads(process.communicate(timeout=180)[0]) for process in ranks]
-    yield configs, out, answers
+    return configs, out, answers
 
 
 @pytest.mark.parametrize("number", range(len(QUANTIZING)), ids=QUANTIZING)

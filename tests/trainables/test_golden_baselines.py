@@ -1,11 +1,11 @@
 """LSQ, PACT and DoReFa-Net against arrays that public implementations of the papers computed.
 
-Whatever `golden/baselines/index.json` lists goes through our quantizers, layers and methods, with eager and with compiled
-kernels, within the tolerances that the index gives. Every stored array is an input or is compared, with three exceptions:
+Whatever `golden/baselines/index.json` lists goes through our quantizers, layers and methods, with eager and with
+compiled kernels, within the tolerances that the index gives. Every stored array is an input or is compared, but for:
 
 - `grad_kwang`, one implementation's identity over the whole weight formula, is no gradient of the paper and not ours.
   Its output `y_kwang` is the paper's, computed with a float32 tanh, so it is compared with `y_A` and ours alike.
-- `y` of the one-bit DoReFa activation is that implementation's bug (sign instead of rounding); `y_paper` stands beside it.
+- `y` of the one-bit DoReFa activation is that implementation's bug (sign, not rounding); `y_paper` stands beside it.
 - `max_abs_tanh` is an intermediate value: variant C divided by variant A.
 """
 
@@ -162,7 +162,7 @@ def test_a_quantized_convolution_gives_the_published_output_and_all_gradients(ke
     )
     plain.weight.data = stored["w"].clone()
     method = method_named(settings)
-    reads = row(channels=channels, signed="signed" == settings.get("act"))
+    reads = row(channels=channels, signed=settings.get("act") == "signed")
     layer = modules.QuantizedConv2d(
         plain,
         method.weight_quantizer(reads, settings["bits_w"]),

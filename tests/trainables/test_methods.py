@@ -1,6 +1,6 @@
 """One contract that every method passes unasked, on a plain network, one with batch norm, and one with signed layers.
 
-A new file in `trainables/methods` is found here by its name. The first and last layer have other widths than those between.
+A new file in `trainables/methods` is found here by its name. The ends of a network have other widths than the rest.
 """
 
 import copy
@@ -356,7 +356,7 @@ def test_the_learning_rate_of_quantizers_is_that_of_weights_times_a_factor(metho
 def test_the_clip_levels_of_pact_start_at_a_number_or_from_the_batch():
     clips = {
         start: [
-            float(p) for n, p in prepared("pact", "lenet5", clip_init=start).model.named_parameters() if "clip" in n
+            p.item() for n, p in prepared("pact", "lenet5", clip_init=start).model.named_parameters() if "clip" in n
         ]
         for start in (10.0, None)
     }

@@ -240,7 +240,7 @@ def test_the_gradients_of_pact_are_those_of_its_formula(bits, level, x, signed):
 @given(bits=bits_given, x=values, signed=st.booleans())
 def test_dorefa_activations_pass_the_gradient_strictly_inside_the_range_only(bits, x, signed):
     q = UnitActivation(bits, signed=signed).double()
-    y, grad = gradients(lambda x: quantize.unit_quantize(x, q.q_min, q.q_max), x)
+    _, grad = gradients(lambda x: quantize.unit_quantize(x, q.q_min, q.q_max), x)
     _, passed = gradients(lambda x: x * 1, x)
     assert torch.equal(grad, torch.where((x > (-1 if signed else 0)) & (x < 1), passed, 0.0))
 
