@@ -9,9 +9,9 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,8 @@ def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None 
     name = default_name(sweep, time.strftime("%Y%m%d-%H%M%S"))
     folder = RunFolder(Path(out) if out is not None else default_out(name))
     _check_folder(folder)
-    with _ray(sweep) as cluster:
-        _load_data(resolved)
-        cluster.result()
+    _load_data(resolved)
+    with _ray(sweep):
         capacity = _capacity(sweep)
         _make_folder(folder, resolved, name if out is None else folder.path.resolve().name)
         return _drive(folder, resolved, capacity, watcher or Watcher())
@@ -100,9 +99,8 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     folder = RunFolder(Path(path))
     sweep = Sweep.from_tree(folder.read_sweep()["sweep"])
     resolved = resolve(sweep)
-    with _ray(sweep) as cluster:
-        _load_data(resolved)
-        cluster.result()
+    _load_data(resolved)
+    with _ray(sweep):
         return _drive(folder, resolved, _capacity(sweep), watcher or Watcher())
 
 
@@ -114,9 +112,15 @@ def _check_folder(folder: RunFolder) -> None:
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SweepError(f"{path} exists and is not an empty folder: take another --out")
-    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise SweepError(f"{path} cannot be made: {existing} is not writable; take another --out")
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        if made:
+            path.rmdir()
+    except OSError as error:
+        raise SweepError(f"{path} cannot be written: {error.strerror}; take another --out") from error
 
 
 def _make_folder(folder: RunFolder, resolved: Resolved, name: str) -> None:
@@ -154,20 +158,18 @@ def _load_data(resolved: Resolved) -> None:
 
 
 @contextlib.contextmanager
-def _ray(sweep: Sweep) -> Iterator[Any]:
-    """Start Ray in the background while the data loads; yields the future. A Ray that runs already is left running."""
+def _ray(sweep: Sweep) -> Iterator[None]:
+    """Ray for the time of a sweep; one that runs already is left running."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(_start_ray, sweep)
-        try:
-            yield future
-        finally:
-            mine = future.result() if not future.exception() else False
-            if mine:
-                import ray
+    mine = _start_ray(sweep)
+    try:
+        yield
+    finally:
+        if mine:
+            import ray
 
-                ray.shutdown()
+            ray.shutdown()
 
 
 def _start_ray(sweep: Sweep) -> bool:

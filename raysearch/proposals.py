@@ -88,7 +88,7 @@ def uniform_proposals(space: Space, base: Mapping[str, Any], trials: int) -> lis
     rest = {name: _centre(d, _lookup(base, name)) for name, d in space.items() if name not in weights + activations}
     widths = _widths(space)
     pairs = sorted(
-        ((w, a) for w in (widths if weights else widths[:1]) for a in (widths if activations else widths[:1])),
+        ((w, a) for w in widths for a in (widths if weights and activations else [w])),
         key=lambda pair: (abs(pair[0] - pair[1]), _rank(pair[0]), _rank(pair[1])),
     )
     diagonal = sum(w == a for w, a in pairs)
@@ -146,9 +146,15 @@ def _centre(distribution: BaseDistribution, value: Any) -> Any:
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     low, high = distribution.low, distribution.high
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-        return value
-    middle = (low * high) ** 0.5 if distribution.log else (low + high) / 2
-    return round(middle) if isinstance(distribution, IntDistribution) else middle
+        return _contained(distribution, value)
+    return _contained(distribution, (low * high) ** 0.5 if distribution.log else (low + high) / 2)
+
+
+def _contained(distribution: IntDistribution | FloatDistribution, value: float) -> float:
+    """The value of the distribution that is nearest to `value`."""
+    low, high, step = distribution.low, distribution.high, distribution.step
+    on_grid = value if step is None else low + round((value - low) / step) * step
+    return min(max(on_grid, low), high)
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:
@@ -174,14 +180,11 @@ def cardinality(space: Space) -> float:
     """Number of configurations; infinite with a continuous parameter."""
     total = 1.0
     for distribution in space.values():
-        if isinstance(distribution, FloatDistribution):
-            total *= (
-                float("inf")
-                if distribution.step is None
-                else 1 + ((distribution.high - distribution.low) // distribution.step)
-            )
-        else:
-            total *= len(choices(distribution, limit=10**9))
+        if isinstance(distribution, CategoricalDistribution):
+            total *= len(distribution.choices)
+        elif isinstance(distribution, IntDistribution | FloatDistribution):
+            low, high, step = distribution.low, distribution.high, distribution.step
+            total *= float("inf") if step is None else 1 + round((high - low) / step)
     return total
 
 
@@ -192,7 +195,10 @@ def random_values(space: Space, generator: random.Random) -> dict[str, Any]:
         if isinstance(distribution, FloatDistribution):
             low, high = distribution.low, distribution.high
             u = generator.random()
-            values[name] = low * (high / low) ** u if distribution.log else low + (high - low) * u
+            drawn = low * (high / low) ** u if distribution.log else low + (high - low) * u
+            values[name] = _contained(distribution, drawn)
+        elif isinstance(distribution, IntDistribution):
+            values[name] = generator.randrange(distribution.low, distribution.high + 1, distribution.step)
         else:
-            values[name] = generator.choice(choices(distribution, limit=10**9))
+            values[name] = generator.choice(choices(distribution, limit=64))
     return values

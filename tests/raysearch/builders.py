@@ -18,13 +18,7 @@ from trainables.fit import PointReport, Report
 
 FACTS = {"sweep": "a-run", "versions": {"torch": "2"}, "git": {"commit": "c0ffee", "dirty": False}}
 BEGAN_AT = 1_795_256_103.0
-SMALL = {
-    "model/width": 0.25,
-    "data/train_limit": 128,
-    "data/validation_limit": 64,
-    "start/epochs": 0,
-    "optimizer/lr": 0.05,
-}
+SMALL = {"data/train_limit": 128, "data/validation_limit": 64, "start/epochs": 0, "optimizer/lr": 0.05}
 """Settings under which an epoch takes some hundredths of a second."""
 
 Ending = tuple[str, str | None]

@@ -97,7 +97,7 @@ def test_the_tree_of_a_config_is_complete_and_plain_json():
     tree = parse(BASE).tree()
     assert json.loads(json.dumps(tree)) == tree
     assert tree["method"] == {"name": "lsq", "per_channel": False, "symmetric": False, "scale_lr": 1.0}
-    assert tree["optimizer"]["lr"] == 0.01
+    assert tree["optimizer"]["name"] == "sgd"
 
 
 def test_a_config_cannot_be_changed():

@@ -28,6 +28,7 @@ BASE: dict[str, Any] = {
     "method": "lsq",
     "model": {"name": "lenet5", "width": 0.25},
     "data": {"name": "digits", "train_limit": 256, "validation_limit": 100},
+    "optimizer": {"lr": 0.01},
     "training": {"epochs": 3, "batch_size": 32},
     "start": {"epochs": 1},
 }
@@ -479,12 +480,13 @@ def test_two_ranks_train_to_the_losses_and_weights_of_one(two_ranks, number, tmp
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
         assert two["points"][0]["loss"] == pytest.approx(one["points"][0]["loss"], rel=1e-3)
         assert two["points"][0]["accuracy"] == pytest.approx(one["points"][0]["accuracy"], abs=0.011)
-    mine, theirs = weights(tmp_path / "alone"), weights(out / f"trial{number}")
+    mine, theirs, initial = weights(tmp_path / "alone"), weights(out / f"trial{number}"), checkpoint.read(start)[0]
     for name in mine:
-        if name.startswith("model/"):
-            torch.testing.assert_close(
-                mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
-            )
+        if name in initial:  # a sum in another order flips a rounding now and then, which training carries on
+            apart, moved = (mine[name] - theirs[name]).norm(), (mine[name] - initial[name]).norm()
+            assert float(apart) < 0.05 * float(moved), name
+        elif name.startswith("model/"):  # scales and clip levels
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=0, msg=lambda t, n=name: f"{n}: {t}")
 
 
 @pytest.mark.parametrize("number", range(4), ids=[*QUANTIZING, "lsq with batch norm"])
