@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, settings
+
 from raysearch.book import Book
 from raysearch.driver import _make_folder
 from raysearch.ledger import Ledger, Proposal
@@ -20,6 +22,9 @@ FACTS = {"sweep": "a-run", "versions": {"torch": "2"}, "git": {"commit": "c0ffee
 BEGAN_AT = 1_795_256_103.0
 SMALL = {"data/train_limit": 128, "data/validation_limit": 64, "start/epochs": 0, "optimizer/lr": 0.05}
 """Settings under which an epoch takes some hundredths of a second."""
+
+law = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""Of a test that draws its examples: the first one may import, and a folder may serve all of them."""
 
 Ending = tuple[str, str | None]
 Trial = Callable[[Proposal], list[Message]]

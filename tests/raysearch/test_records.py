@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raysearch.errors import RecordError
 from raysearch.records import SCHEMA, Log, RunFolder, read_lines, write_json
+from tests.raysearch.builders import law
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -18,7 +19,6 @@ JSON = st.recursive(
     max_leaves=8,
 )
 ROWS = st.lists(st.dictionaries(st.text(), JSON, max_size=4), max_size=6)
-same_folder = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -28,7 +28,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     log.close()
 
 
-@same_folder
+@law
 @given(rows=ROWS, more=ROWS)
 def test_what_was_appended_is_read_back_in_order(tmp_path: Path, rows: list[Any], more: list[Any]) -> None:
     path = tmp_path / "log.jsonl"
@@ -38,7 +38,7 @@ def test_what_was_appended_is_read_back_in_order(tmp_path: Path, rows: list[Any]
     assert list(read_lines(path)) == rows + more
 
 
-@same_folder
+@law
 @given(rows=ROWS.filter(len), data=st.data())
 def test_a_log_cut_at_any_byte_reads_as_its_complete_lines_and_the_next_line_is_whole(
     tmp_path: Path, rows: list[Any], data: st.DataObject
