@@ -400,7 +400,7 @@ def test_a_method_without_quantizers_says_what_it_lacks():
 def test_the_scale_of_lsq_starts_at_the_published_value():
     quantizer = LearnedScale(3, signed=False, shared=False)
     quantizer.calibrate(torch.tensor([1.0, 3.0]))
-    assert float(quantizer.scale) == pytest.approx(2 * 2 / 7**0.5)
+    assert quantizer.scale.item() == pytest.approx(2 * 2 / 7**0.5)
 
 
 def test_an_input_of_zeros_starts_a_scale_above_zero():

@@ -5,8 +5,9 @@ fixed ranges, nothing but the weights is trained. Gradients are not quantized (t
 
 The paper normalises weights to -1..1. Variant C multiplies the result by the largest |tanh w|, which keeps the
 scale of a float start and is the default here; A is the paper's formula, B the authors' gradient
-(`quantize.dorefa_weight`). Behind a batch norm the outputs of A and C train alike; without one, A changes the function. The paper leaves the first
-and last layer float; here they have 8 bits, as everywhere. For signed tensors the range is -1..1, an extension.
+(`quantize.dorefa_weight`). Behind a batch norm the outputs of A and C train alike; without one, A changes the function.
+The paper leaves the first and last layer float; here they have 8 bits, as everywhere. For signed tensors the range is
+-1..1, an extension.
 """
 
 from dataclasses import dataclass

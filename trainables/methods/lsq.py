@@ -2,8 +2,8 @@
 
 Esser et al. 2020, arXiv:1902.08153. The scale (the paper's step size s) is a parameter with the gradient of equation 3
 times `1 / sqrt(N * q_max)` (section 2.2), N the number of elements of the tensor, for activations with the batch (of
-all ranks). It starts at `2 * mean |x| / sqrt(q_max)`, from the weights and from the first batch (section 2.1). One scale
-for each tensor; the first and last layer keep 8 bits unless the sweep says otherwise.
+all ranks). It starts at `2 * mean |x| / sqrt(q_max)`, from the weights and from the first batch (section 2.1). One
+scale for each tensor; the first and last layer keep 8 bits unless the sweep says otherwise.
 
 Not from the paper, as settings: one weight scale for each output channel, and the range without its lowest code.
 """
