@@ -3,7 +3,7 @@
 A Train run costs 8 to 35 s to start; a trial may take less. So one `TorchTrainer` run is kept for each slot, and
 trial after trial is handed to its ranks through a mailbox, a small actor:
 
-    Group.post(job) -> Mailbox -> every rank trains the job -> rank 0 reports each epoch -> Mailbox -> Group.next_message
+    Group.post(job) -> Mailbox -> every rank trains it -> rank 0 reports each epoch -> Mailbox -> Group.next_message
 
 All ranks fetch jobs by number from the mailbox, so they need no collective between trials. When a rank dies, Train
 restarts the group, which asks for the unfinished job again and goes on from its checkpoint; after `ATTEMPTS` deaths at

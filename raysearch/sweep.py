@@ -105,11 +105,12 @@ def resolve(sweep: Sweep) -> Resolved:
     from trainables.build import layer_table
 
     config = trial_config(sweep)
-    if config.training.batch_size % sweep.workers:
-        raise SweepError(
-            f"training/batch_size = {config.training.batch_size} cannot be shared by {sweep.workers} workers: "
-            f"take a multiple of {sweep.workers}"
-        )
+    for address, size in (("training", config.training.batch_size), ("start", config.start.batch_size)):
+        if size % sweep.workers:
+            raise SweepError(
+                f"{address}/batch_size = {size} cannot be shared by {sweep.workers} workers: "
+                f"take a multiple of {sweep.workers}"
+            )
     table = layer_table(config)
     base, space = config.tree(), _space(sweep, table)
     _check_proposals(sweep, base, table, space)

@@ -33,7 +33,7 @@ def prepare_process(threads: int) -> None:
     import torch
 
     import trainables.fit
-    import trainables.start
+    import trainables.start  # noqa: F401
 
     torch.set_num_threads(threads)
     gc.collect()

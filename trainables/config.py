@@ -62,6 +62,7 @@ class Start:
 
     epochs: Annotated[int, Field(ge=0, le=100_000, description="epochs of the float start; 0: from scratch")] = 10
     lr: Annotated[float, Field(gt=0, le=100, description="learning rate of the float start")] = 0.05
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="examples of a step of the float start")] = 64
     checkpoint: Annotated[str | None, Field(description="safetensors file to start from instead")] = None
 
 
@@ -270,6 +271,14 @@ def resolve_bits(config: TrialConfig, table: LayerTable) -> dict[str, LayerBits]
         f"bits/{name}: model {config.model.name!r} has no such layer{plugins.nearest(name, names)}"
         for name in config.bits
         if not any(fnmatchcase(layer, name) for layer in names)
+    ]
+    inner = [layer.name for layer in table.quantizable if not (layer.first or layer.last)]
+    faults += [
+        f"bits/{name}: matches only the first or the last layer, which take bits by their full name"
+        for name in config.bits
+        if name not in names
+        and any(fnmatchcase(n, name) for n in names)
+        and not any(fnmatchcase(n, name) for n in inner)
     ]
     bits = {}
     for layer in table.quantizable:

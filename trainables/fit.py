@@ -21,7 +21,7 @@ from trainables import checkpoint, plugins, quantize, world
 from trainables.build import build_model, load_data
 from trainables.config import TrialConfig, resolve_bits
 from trainables.cost import LayerTable, bops, relative_bops, size_bytes
-from trainables.errors import DivergedError
+from trainables.errors import ConfigError, DivergedError
 from trainables.layers import trace
 from trainables.method import Method, Point
 from trainables.splits import Split
@@ -196,6 +196,10 @@ def fit(
     done = 0
     if path is not None and path.exists():
         state = checkpoint.restore(path, session.model, optimizer)
+        if state["config"] != config.tree():
+            raise ConfigError(
+                f"{path} is of another configuration: take another folder, or the settings it was made with"
+            )
         done = state["epoch"]
         yield Report.from_json(state["report"])
     else:

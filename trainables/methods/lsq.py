@@ -21,6 +21,9 @@ from trainables.method import Method as Base
 from trainables.method import split_parameters
 from trainables.quantize import SMALLEST_SCALE, codes, fake_quantize
 
+SCALE_FLOOR = 0.01
+"""Scales stay above this share of their start: nothing in the paper keeps them positive, and a step can cross zero."""
+
 
 class LearnedScale(modules.Quantizer):
     """Multiples of a trained scale within `q_min..q_max`.
@@ -33,10 +36,13 @@ class LearnedScale(modules.Quantizer):
         shared: whether all ranks see the same tensor (weights) or a share of it (activations).
     """
 
+    scale_floor: Tensor
+
     def __init__(self, bits: int, *, signed: bool, symmetric: bool = False, scales: int = 1, shared: bool) -> None:
         super().__init__(bits, signed=signed, symmetric=symmetric)
         self.shared = shared
         self.scale = nn.Parameter(torch.ones(()) if scales == 1 else torch.ones(scales))
+        self.register_buffer("scale_floor", torch.zeros_like(self.scale.data))
 
     def _scale_like(self, x: Tensor) -> Tensor:
         return self.scale if self.scale.dim() == 0 else self.scale.view(-1, *[1] * (x.dim() - 1))
@@ -49,6 +55,7 @@ class LearnedScale(modules.Quantizer):
         if not self.shared:
             average = world.mean(average)
         self.scale.copy_((2 * average / self.q_max.sqrt()).clamp_min(SMALLEST_SCALE))
+        self.scale_floor.copy_(self.scale * SCALE_FLOOR)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x`, any shape; channels first when there are several scales."""
@@ -85,3 +92,9 @@ class Method(Base):
         """Weights, and scales with a learning rate of their own. Weight decay acts on both, as published."""
         scales, weights = split_parameters(model)
         return [{"params": weights}, {"params": scales, "lr_factor": self.settings.scale_lr}]
+
+    def after_step(self, model: nn.Module) -> None:
+        """Keep the scales above their floors."""
+        quantizers = [m for m in model.modules() if isinstance(m, LearnedScale)]
+        with torch.no_grad():
+            torch._foreach_maximum_([q.scale for q in quantizers], [q.scale_floor for q in quantizers])
