@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from trainables.cost import LayerTable
 
 DEFAULT_OBJECTIVES = {"accuracy": "max", "bops": "min", "size_bytes": "min"}
+FIELDS = {
+    "training/epochs": "epochs",
+    "seed": "seed",
+    "method/name": "method",
+    "model/name": "model",
+    "data/name": "data",
+}
+"""Addresses that a sweep has a field for; there is no second way to say the same thing."""
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
@@ -165,18 +173,19 @@ def _check_values(sweep: Sweep) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             faults.append(f"{name} = {value!r}: an integer from {low} to {high}")
-    for name, high, words in (
+    for name, top, words in (
         ("max_bops", sys.float_info.max, "a number >= 0"),
         ("max_relative_bops", 1, "a share of the 32x32-bit BOPs, 0..1"),
         ("max_size_bytes", sys.float_info.max, "a number >= 0"),
         ("gpus_per_worker", sys.float_info.max, "a number >= 0"),
     ):
         value = getattr(sweep, name)
-        if isinstance(value, bool) or not (isinstance(value, int | float | None) and 0 <= (value or 0) <= high):
+        if isinstance(value, bool) or not (isinstance(value, int | float | None) and 0 <= (value or 0) <= top):
             faults.append(f"{name} = {value!r}: {words}")
     if sweep.sampler not in SAMPLERS:
         hint = nearest(sweep.sampler, list(SAMPLERS)) or f"; one of {', '.join(SAMPLERS)}"
         faults.append(f"unknown sampler {sweep.sampler!r}{hint}")
+    faults += [f"settings: {a} is the field {name!r} of the sweep" for a, name in FIELDS.items() if a in sweep.settings]
     try:
         check_objectives(sweep.objectives)
     except ValueError as error:
