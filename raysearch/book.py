@@ -54,6 +54,8 @@ class Book:
         for row in self.rows:
             self._count(row)
         self.ended_before = sum(self.counts.values())
+        self.opened_at = time.monotonic()
+        self.first_end_s: float | None = None
         self._epochs_known = _known_epochs(folder)
         self._records, self._epochs = Log(folder.records), Log(folder.epochs)
         self.float_size_bytes = size_bytes(ledger.resolved.table, {}, extra_floats=0)
@@ -98,6 +100,8 @@ class Book:
             self._records.append(row, durable=True)
             self.rows.append(row)
             self._count(row)
+        if self.first_end_s is None:
+            self.first_end_s = time.monotonic() - self.opened_at
         self._tell(number, self._ended[number])
         self._drop_checkpoints(number)
         self._listener(self)

@@ -17,12 +17,15 @@ BEST_SHOWN = 6
 
 
 def seconds_left(book: "Book", elapsed_s: float) -> float | None:
-    """Estimated rest of the sweep, from the pace so far; None before any trial ended."""
+    """Estimated rest of the sweep, from the pace since the first trial ended; None before that.
+
+    The first trial is no measure when others follow: it waits for Ray and may train the float start.
+    """
     ended = sum(book.counts.values()) - book.ended_before
-    if ended <= 0:
+    if ended <= 0 or book.first_end_s is None:
         return None
     left = book.sweep.trials - sum(book.counts.values())
-    return left * elapsed_s / ended
+    return left * (elapsed_s / ended if ended == 1 else (elapsed_s - book.first_end_s) / (ended - 1))
 
 
 def clock(seconds: float | None) -> str:
@@ -47,7 +50,6 @@ class PlainProgress(Watcher):
 
     def __init__(self, console: "Console") -> None:
         self.console = console
-        self._began = time.monotonic()
         self._ended = 0
 
     def say(self, text: str) -> None:
@@ -69,7 +71,7 @@ class PlainProgress(Watcher):
             return
         self._ended = ended
         row = book.rows[-1]
-        left = clock(seconds_left(book, time.monotonic() - self._began))
+        left = clock(seconds_left(book, time.monotonic() - book.opened_at))
         volume = f"hypervolume {book.front().hypervolume():.4f}, " if book.has_points() else ""
         self.say(f"trial {row['trial']} {outcome(row)} | {counts(book)} | {volume}{left} left")
 
@@ -105,7 +107,6 @@ class LiveProgress(Watcher):
 
         self.console = console
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._began = time.monotonic()
         self._drawn = 0.0
         self._title = ""
 
@@ -120,7 +121,7 @@ class LiveProgress(Watcher):
         now = time.monotonic()
         if now - self._drawn >= REFRESH_S or not book.live:
             self._drawn = now
-            self._live.update(self._view(book, now - self._began))
+            self._live.update(self._view(book, now - book.opened_at))
 
     def closed(self) -> None:
         """Stop drawing; the view goes away and leaves the screen to the result."""
