@@ -9,6 +9,8 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 
 import contextlib
 import os
+import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +36,8 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A worker that dies is replaced; Ray would announce it on stdout, where our data is.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
     # Tune's own files are not read again: records and study are the truth.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -43,6 +47,8 @@ RAY_ENVIRONMENT = {
 }
 PROCESS_RETRIES = 2
 MIRROR_WAIT_S = 60.0
+INTERRUPTED_WAIT_S = 5.0
+CONNECT_S = 5.0
 
 
 class Watcher:
@@ -85,8 +91,9 @@ def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None 
     _load_data(resolved)
     with _ray(sweep):
         capacity = _capacity(sweep)
-        _make_folder(folder, resolved, name if out is None else folder.path.resolve().name)
-        return _drive(folder, resolved, capacity, watcher or Watcher())
+        with _locked(folder):
+            _describe(folder, resolved, name if out is None else folder.path.resolve().name)
+            return _drive(folder, resolved, capacity, watcher or Watcher())
 
 
 def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
@@ -98,18 +105,16 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     """
     folder = RunFolder(Path(path))
     sweep = Sweep.from_tree(folder.read_sweep()["sweep"])
-    resolved = resolve(sweep)
-    _load_data(resolved)
-    with _ray(sweep):
-        return _drive(folder, resolved, _capacity(sweep), watcher or Watcher())
+    with _locked(folder):
+        resolved = resolve(sweep)
+        _load_data(resolved)
+        with _ray(sweep):
+            return _drive(folder, resolved, _capacity(sweep), watcher or Watcher())
 
 
 def _check_folder(folder: RunFolder) -> None:
     path = folder.path
-    if folder.sweep.exists():
-        raise SweepError(
-            f"{path} already holds a sweep: `raysearch resume {path}` goes on with it; or take another --out"
-        )
+    _check_free(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SweepError(f"{path} exists and is not an empty folder: take another --out")
     made = not path.exists()
@@ -123,30 +128,54 @@ def _check_folder(folder: RunFolder) -> None:
         raise SweepError(f"{path} cannot be written: {error.strerror}; take another --out") from error
 
 
-def _make_folder(folder: RunFolder, resolved: Resolved, name: str) -> None:
-    from optuna.distributions import distribution_to_json
+def _check_free(folder: RunFolder) -> None:
+    path = folder.path
+    if folder.sweep.exists():
+        raise SweepError(
+            f"{path} already holds a sweep: `raysearch resume {path}` goes on with it; or take another --out"
+        )
 
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Keep other drivers away from a run folder; it is made if it does not exist."""
+    import filelock
+
+    lock = filelock.FileLock(folder.lock)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(
-            folder.sweep,
-            {
-                "schema": SCHEMA,
-                "name": name,
-                **{k: v for k, v in resolved.sweep.tree().items() if k in ("method", "model", "data", "objectives")},
-                "trials": resolved.sweep.trials,
-                "seed": resolved.sweep.seed,
-                "sweep": resolved.sweep.tree(),
-                "base": resolved.base,
-                "space": {address: distribution_to_json(d) for address, d in resolved.space.items()},
-                "macs": resolved.table.macs,
-                "created_at": facts.now(),
-                "versions": facts.versions(),
-                "git": facts.git(),
-            },
-        )
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise SweepError(f"{folder.path} is being worked on by another driver: wait for it, or end it") from None
     except OSError as error:
         raise SweepError(f"{folder.path} cannot be written: {error}; take another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _describe(folder: RunFolder, resolved: Resolved, name: str) -> None:
+    from optuna.distributions import distribution_to_json
+
+    _check_free(folder)  # another driver may have been faster
+    write_json(
+        folder.sweep,
+        {
+            "schema": SCHEMA,
+            "name": name,
+            **{k: v for k, v in resolved.sweep.tree().items() if k in ("method", "model", "data", "objectives")},
+            "trials": resolved.sweep.trials,
+            "seed": resolved.sweep.seed,
+            "sweep": resolved.sweep.tree(),
+            "base": resolved.base,
+            "space": {address: distribution_to_json(d) for address, d in resolved.space.items()},
+            "macs": resolved.table.macs,
+            "created_at": facts.now(),
+            "versions": facts.versions(),
+            "git": facts.git(),
+        },
+    )
 
 
 def _load_data(resolved: Resolved) -> None:
@@ -174,26 +203,46 @@ def _ray(sweep: Sweep) -> Iterator[None]:
 
 def _start_ray(sweep: Sweep) -> bool:
     import ray
-    import ray.tune
+    import torch
 
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **options)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _join_cluster(address, options)
     else:
         # Without the dashboard, a dead Train controller would leak its placement group; without Train, nothing would.
         ray.init(
             address="local",
-            include_dashboard=_uses_group(sweep, 0),
+            include_dashboard=_uses_group(sweep, _gpus_per_worker(sweep, torch.cuda.device_count())),
             object_store_memory=200 * 2**20,
             **options,
         )
     return True
 
 
-def _uses_group(sweep: Sweep, gpus: float) -> bool:
-    return sweep.train or sweep.workers > 1 or gpus > 0
+def _join_cluster(address: str, options: dict[str, Any]) -> None:
+    import ray
+
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit():
+            # Ray itself would wait for minutes.
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        ray.init(address="auto", **options)
+    except (OSError, ValueError) as error:
+        raise SweepError(
+            f"RAY_ADDRESS = {address}: {error}; start a cluster there (ray start --head), or unset RAY_ADDRESS"
+        ) from error
+
+
+def _uses_group(sweep: Sweep, gpus_per_worker: float) -> bool:
+    return sweep.train or sweep.workers > 1 or gpus_per_worker > 0
+
+
+def _gpus_per_worker(sweep: Sweep, have: float) -> float:
+    return float(have >= sweep.workers) if sweep.gpus_per_worker is None else sweep.gpus_per_worker
 
 
 def _capacity(sweep: Sweep) -> Capacity:
@@ -202,7 +251,7 @@ def _capacity(sweep: Sweep) -> Capacity:
 
     total = ray.cluster_resources()
     have_cpus, have_gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    gpus = sweep.gpus_per_worker if sweep.gpus_per_worker is not None else float(have_gpus >= sweep.workers)
+    gpus = _gpus_per_worker(sweep, have_gpus)
     need_cpus, need_gpus = sweep.workers * sweep.cpus_per_worker, sweep.workers * gpus
     if need_cpus > have_cpus or need_gpus > have_gpus:
         raise SweepError(
@@ -218,32 +267,25 @@ def _capacity(sweep: Sweep) -> Capacity:
 
 
 def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: Watcher) -> "Result":
-    import filelock
-
     from raysearch.book import Book
     from raysearch.ledger import Ledger
     from raysearch.result import Result
     from raysearch.tracking import start_mirror
 
+    ledger = Ledger(folder, resolved)
+    name = folder.read_sweep()["name"]
+    shared = {"sweep": name, "versions": facts.versions(), "git": facts.git()}
+    book = Book(folder, ledger, shared, watcher.event)
+    watcher.started(folder, resolved)
+    mirror, mirror_wait_s = start_mirror(folder.path, resolved.sweep.mlflow_uri), INTERRUPTED_WAIT_S
     try:
-        lock = filelock.FileLock(folder.lock, blocking=False)
-        lock.acquire()
-    except filelock.Timeout:
-        raise SweepError(f"{folder.path} is being worked on by another driver: wait for it, or end it") from None
-    with lock:
-        ledger = Ledger(folder, resolved)
-        name = folder.read_sweep()["name"]
-        shared = {"sweep": name, "versions": facts.versions(), "git": facts.git()}
-        book = Book(folder, ledger, shared, watcher.event)
-        watcher.started(folder, resolved)
-        mirror = start_mirror(folder.path, resolved.sweep.mlflow_uri)
-        try:
-            if ledger.interrupted or ledger.started < resolved.sweep.trials:
-                _tune(folder, resolved, capacity, ledger, book)
-        finally:
-            watcher.closed()
-            book.close()
-            mirrored = mirror.close(MIRROR_WAIT_S)
+        if ledger.interrupted or ledger.started < resolved.sweep.trials:
+            _tune(folder, resolved, capacity, ledger, book)
+        mirror_wait_s = MIRROR_WAIT_S
+    finally:
+        watcher.closed()
+        book.close()
+        mirrored = mirror.close(mirror_wait_s)
     result = Result(folder.path, mirrored=mirrored)
     if not book.has_points():
         reasons = sorted({row["reason"] for row in book.rows if row["reason"]})
@@ -261,6 +303,8 @@ def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any
     sweep = resolved.sweep
     root = None if sweep.data_root is None else str(Path(sweep.data_root).resolve())
     absolute = RunFolder(folder.path.resolve())
+    scratch = absolute.path / "ray"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
 
     def slot_config(proposal: "Proposal") -> dict[str, Any]:
         number = proposal.number
@@ -270,7 +314,7 @@ def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any
             "workers": sweep.workers,
             "cpus": sweep.cpus_per_worker,
             "gpus": capacity.gpus,
-            "storage": str(absolute.path / "ray"),
+            "storage": str(scratch),
         }
 
     if _uses_group(sweep, capacity.gpus):
@@ -287,7 +331,7 @@ def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(absolute.path / "ray"),
+            storage_path=str(scratch),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=PROCESS_RETRIES),
             # Trials keep their own checkpoints (trainables.checkpoint); Tune's would be pickles.
@@ -295,3 +339,4 @@ def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any
         ),
     )
     tuner.fit()
+    shutil.rmtree(scratch, ignore_errors=True)

@@ -7,32 +7,40 @@ trial after trial is handed to its ranks through a mailbox, a small actor:
 
 All ranks fetch jobs by number from the mailbox, so they need no collective between trials. When a rank dies, Train
 restarts the group, which asks for the unfinished job again and goes on from its checkpoint; after `ATTEMPTS` deaths at
-the same job the job has failed. A trial that raises on one rank may leave the others waiting in a collective, so with
-several ranks the job is closed as failed and the group is restarted; with one rank the loop just goes on.
+the same job the job has failed. A trial that raises has failed. When all ranks raised in the same epoch, as they do
+when the loss diverges, the loop just goes on; when one raised alone, the others may wait for it in a collective, and
+the group is restarted.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysearch.errors import TrialError
 from raysearch.worker import Job, Message
 
 ATTEMPTS = 3
 WAIT_S = 20.0
+TOGETHER_S = 3.0
+"""How long a rank that raised waits for the others to raise too."""
 COLLECTIVE_TIMEOUT_S = 1800
 
 
 class Mailbox:
-    """Jobs to the ranks, messages back; an async actor that lives as long as its slot."""
+    """Jobs to the ranks, messages back; an async actor that lives as long as its slot.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: how many there are.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._failures: dict[int, int] = {}
         self._changed = asyncio.Condition()
         self._job: Job | None = None
         self._number = 0
@@ -45,7 +53,7 @@ class Mailbox:
         """Hand over the next job; an unfinished one is dropped."""
         async with self._changed:
             self._number += 1
-            self._job, self._finished, self._starts, self._messages = job, False, 0, []
+            self._job, self._finished, self._starts, self._messages, self._failures = job, False, 0, [], {}
             self._changed.notify_all()
 
     async def close(self) -> None:
@@ -66,6 +74,7 @@ class Mailbox:
                 return "end", after, None
             if rank == 0:
                 self._starts += 1
+                self._failures = {}
                 if self._starts > ATTEMPTS:
                     self._close_job(f"its workers died {ATTEMPTS} times", self._starts)
                     return "wait", self._number, None
@@ -81,11 +90,19 @@ class Mailbox:
             self._changed.notify_all()
             return self._open and not self._finished
 
-    async def fail(self, number: int, reason: str) -> None:
-        """A rank raised: the job has failed, whatever the other ranks do."""
+    async def fail(self, number: int, rank: int, epoch: int, reason: str) -> bool:
+        """A rank raised in an epoch: the job has failed. The answer says whether all ranks raised there."""
         async with self._changed:
+            if number != self._number or self._finished:
+                return False
+            failures = self._failures
+            failures[rank] = epoch
+            self._changed.notify_all()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: len(failures) == self._ranks), TOGETHER_S)
             if number == self._number and not self._finished:
                 self._close_job(reason, self._starts)
+            return len(failures) == self._ranks and len(set(failures.values())) == 1
 
     async def next_message(self) -> Message | None:
         """The next message of the current job; None when there was none for a while."""
@@ -131,11 +148,12 @@ def _train(mailbox: Any, number: int, job: Job, rank: int, device: Any) -> None:
     from raysearch.worker import messages
     from trainables import world
 
-    for message in messages(job):
+    for epoch, message in enumerate(messages(job)):
         if "failed" in message and world.size() > 1:
-            if not _says_peer_died(message["failed"]):
-                ray.get(mailbox.fail.remote(number, message["failed"]))
-            raise RankError(message["failed"])
+            reason = message["failed"]
+            if not _says_peer_died(reason) and ray.get(mailbox.fail.remote(number, rank, epoch, reason)):
+                return
+            raise RankError(reason)
         goes_on = torch.zeros((), device=device)
         if rank == 0:
             goes_on += ray.get(mailbox.report.remote(number, message))
@@ -162,7 +180,11 @@ class Group:
     """
 
     def __init__(self, workers: int, *, cpus: int, gpus: float, storage: str, name: str) -> None:
-        self._mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 * workers + 16).remote()
+        # Imported here, because they import torch, and the mailbox's process can do without.
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        self._mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 * workers + 16).remote(workers)
         self._error: BaseException | None = None
         resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         self._trainer = TorchTrainer(

@@ -11,6 +11,7 @@ import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import optuna
@@ -18,7 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from raysearch.proposals import Cost, cardinality, cost_of, random_values, uniform_proposals
+from raysearch.proposals import Cost, beside, cardinality, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.sweep import Resolved
 from trainables.config import merged
@@ -28,6 +29,8 @@ STUDY = "sweep"
 ATTEMPTS = 20
 """Proposals of the sampler that may be refused in a row before random ones are tried."""
 RANDOM_ATTEMPTS = 2000
+QMC_POSITION = "qmc:"
+"""Prefix under which Optuna's quasi-random sampler keeps its place in the sequence, as an attribute of the study."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Ledger:
             self._remember(trial)
             if trial.state == TrialState.RUNNING:
                 self.interrupted.append(self._proposal(trial))
+        _copy_qmc_position(self._disk, self._memory)
 
     @property
     def started(self) -> int:
@@ -155,9 +159,11 @@ class Ledger:
 
     def _sampled(self) -> Proposal | None:
         number = self.started
-        finished = sum(t.state.is_finished() for t in self._memory.get_trials(deepcopy=False))
+        twins = self._memory.get_trials(deepcopy=False)
+        finished = sum(twins[twin].state.is_finished() for twin in self._twin.values())
         sampler = make_sampler(self.sweep.sampler, self.sweep.seed * 100_003 + number, min(10, max(2, finished)))
         self._memory.sampler = sampler
+        wanted: dict[str, Any] = {}
         for _ in range(ATTEMPTS):
             trial = self._memory.ask(dict(self.space))
             cost = self._acceptable(trial.params)
@@ -165,9 +171,12 @@ class Ledger:
                 return self._accept(trial, self.sweep.sampler, cost)
             # Samplers ignore failures: a repeated proposal is no worse than its first training was.
             self._memory.tell(trial, state=TrialState.FAIL)
+            if trial.params == wanted:  # as a sampler without chance does: gp, of what has failed
+                break
+            wanted = trial.params
         generator = random.Random(self.sweep.seed * 100_003 + number)
-        for _ in range(RANDOM_ATTEMPTS):
-            values = random_values(self.space, generator)
+        near = beside(self.space, wanted, generator)
+        for values in chain(near, configurations(self.space, generator, limit=RANDOM_ATTEMPTS)):
             cost = self._acceptable(values)
             if cost is not None:
                 return self._accept(self._fixed(values), "random", cost)
@@ -198,6 +207,7 @@ class Ledger:
             system_attrs=twin.system_attrs,
         )
         self._storage.create_new_trial(self._disk._study_id, template_trial=template)
+        _copy_qmc_position(self._memory, self._disk)
         number = self.started
         self._twin[number] = trial.number
         self._seen[cost.digest] = number
@@ -221,3 +231,10 @@ class Ledger:
         cost = Cost(**{name: attrs[name] for name in ("digest", "bops", "relative_bops", "size_bytes", "bits")})
         tree = merged(self.resolved.base, trial.params)
         return Proposal(trial.number, dict(trial.params), attrs["source"], cost, tree)
+
+
+def _copy_qmc_position(source: optuna.Study, target: optuna.Study) -> None:
+    """Let the quasi-random sequence of one study go on in the other; the other samplers have nothing of the kind."""
+    for key, value in source._storage.get_study_system_attrs(source._study_id).items():
+        if key.startswith(QMC_POSITION):
+            target._storage.set_study_system_attr(target._study_id, key, value)

@@ -6,9 +6,11 @@ activations alike) come first, then the rest, nearest to the diagonal first; tog
 always the diagonal.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -124,12 +126,20 @@ def choices(distribution: BaseDistribution, *, limit: int) -> list[Any]:
     """The values of a distribution, or its ends if it is continuous or has more than `limit`."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        values = range(distribution.low, distribution.high + 1, distribution.step)
-        return list(values) if len(values) <= limit else [distribution.low, distribution.high]
-    if isinstance(distribution, FloatDistribution):
-        return [distribution.low, distribution.high]
-    raise TypeError(f"unknown distribution {distribution!r}")
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    low, step = distribution.low, distribution.step
+    if step is None or _count(distribution) > limit:
+        return [low, distribution.high]
+    return [_contained(distribution, low + i * step) for i in range(int(_count(distribution)))]
+
+
+def _count(distribution: BaseDistribution) -> float:
+    """Number of values; infinite if continuous."""
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    step = distribution.step
+    return math.inf if step is None else 1 + round((distribution.high - distribution.low) / step)
 
 
 def _lookup(tree: Mapping[str, Any], address: str) -> Any:
@@ -178,14 +188,23 @@ def cheapest(space: Space) -> dict[str, Any]:
 
 def cardinality(space: Space) -> float:
     """Number of configurations; infinite with a continuous parameter."""
-    total = 1.0
-    for distribution in space.values():
-        if isinstance(distribution, CategoricalDistribution):
-            total *= len(distribution.choices)
-        elif isinstance(distribution, IntDistribution | FloatDistribution):
-            low, high, step = distribution.low, distribution.high, distribution.step
-            total *= float("inf") if step is None else 1 + round((high - low) / step)
-    return total
+    return math.prod(map(_count, space.values()))
+
+
+def configurations(space: Space, generator: random.Random, *, limit: int) -> Iterator[dict[str, Any]]:
+    """All configurations of a space in random order if there are at most `limit`, else `limit` random ones."""
+    if cardinality(space) > limit:
+        yield from (random_values(space, generator) for _ in range(limit))
+        return
+    every = list(product(*(choices(distribution, limit=limit) for distribution in space.values())))
+    generator.shuffle(every)
+    yield from (dict(zip(space, values, strict=True)) for values in every)
+
+
+def beside(space: Space, values: Mapping[str, Any], generator: random.Random) -> Iterator[dict[str, Any]]:
+    """`values` with one parameter drawn anew: each parameter once, in random order."""
+    for name in generator.sample(list(space), len(space)):
+        yield {**values, **random_values({name: space[name]}, generator)}
 
 
 def random_values(space: Space, generator: random.Random) -> dict[str, Any]:

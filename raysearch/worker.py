@@ -5,6 +5,7 @@ each epoch (`report`), the last of them `done`, or `failed` with the reason. Wha
 never the end of the worker; nothing of a trial is left when the next one begins.
 """
 
+import atexit
 import gc
 import time
 import traceback
@@ -14,6 +15,8 @@ from typing import Any
 
 Job = dict[str, Any]
 Message = dict[str, Any]
+ERROR = "error.txt"
+"""Traceback of a failed trial, in its folder."""
 
 
 def make_job(number: int, tree: dict[str, Any], folder: Path, starts: Path, data_root: str | None, device: str) -> Job:
@@ -38,20 +41,25 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # extension modules count what is left at the end
 
 
 def messages(job: Job) -> Iterator[Message]:
     """Train one trial; yields a message for each epoch, the last one with `done` or `failed`."""
+    from trainables.build import load_data
     from trainables.config import parse
     from trainables.fit import fit
     from trainables.start import float_start
 
     began_at = time.time()
     root = None if job["data_root"] is None else Path(job["data_root"])
+    folder = Path(job["folder"])
+    (folder / ERROR).unlink(missing_ok=True)  # of an attempt whose worker died
     try:
         config = parse(job["tree"])
+        load_data(config, root)  # while another slot may still train the float start
         start = float_start(config, Path(job["starts"]), data_root=root, device=job["device"])
-        for report in fit(config, data_root=root, start=start, folder=Path(job["folder"]), device=job["device"]):
+        for report in fit(config, data_root=root, start=start, folder=folder, device=job["device"]):
             yield {
                 "report": report.to_json(),
                 "done": report.epoch == report.epochs,
@@ -59,9 +67,8 @@ def messages(job: Job) -> Iterator[Message]:
                 "reported_at": time.time(),
             }
     except Exception as error:  # a trial may fail in any way; it is recorded, and the sweep goes on
-        folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
         yield {"failed": f"{type(error).__name__}: {error}", "done": True, "began_at": began_at}
     finally:
         gc.collect()

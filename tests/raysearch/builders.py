@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 from raysearch.book import Book
-from raysearch.driver import _make_folder
+from raysearch.driver import _describe
 from raysearch.ledger import Ledger, Proposal
 from raysearch.records import RunFolder
 from raysearch.sweep import Resolved, Sweep, resolve
@@ -40,7 +40,8 @@ def make_run(path: Path, sweep: Sweep | None = None) -> tuple[RunFolder, Resolve
     """The folder of a sweep that has not begun."""
     resolved = resolve(sweep or small_sweep())
     folder = RunFolder(path)
-    _make_folder(folder, resolved, path.name)
+    path.mkdir(parents=True, exist_ok=True)
+    _describe(folder, resolved, path.name)
     return folder, resolved
 
 

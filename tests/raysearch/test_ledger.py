@@ -1,18 +1,25 @@
 """The study on disk: proposals that are never wasted, told truthfully, and a driver that may die at any point."""
 
 import json
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from raysearch.ledger import STUDY, Ledger, Proposal
@@ -21,8 +28,14 @@ from raysearch.records import RunFolder
 from raysearch.sweep import SAMPLERS, Resolved, Sweep, resolve
 from tests.raysearch.builders import formula, law, proposals, small_sweep
 
-FEW = settings(law, max_examples=12)
+FEW = settings(law, max_examples=6)
 _fresh = iter(range(10**6))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The Gaussian process of `gp` is small."""
+    torch.set_num_threads(1)
 
 
 def open_ledger(folder: Path, sweep: Sweep) -> Ledger:
@@ -71,56 +84,51 @@ def on_disk(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_gives_the_trials_that_were_asked_for_and_none_twice(tmp_path: Path, sampler: str) -> None:
-    sweep = Sweep(space="per_layer", trials=22, sampler=sampler)
+    sweep = Sweep(space="per_layer", trials=16, sampler=sampler)
     found = run(open_ledger(tmp_path, sweep))
-    assert [proposal.number for proposal in found] == list(range(22))
-    assert len({proposal.cost.digest for proposal in found}) == 22
-    assert [proposal.source for proposal in found[:11]] == ["uniform"] * 11
-    assert {proposal.source for proposal in found[11:]} <= {sampler, "random"}
-    assert found[-1].source == sampler
+    assert [proposal.number for proposal in found] == list(range(16))
+    assert len({proposal.cost.digest for proposal in found}) == 16
+    assert [proposal.source for proposal in found[:8]] == ["uniform"] * 8
+    assert sum(proposal.source == sampler for proposal in found[8:]) >= 4
+
+
+def affordable(sweep: Sweep) -> int:
+    """How many configurations of the uniform space are within the limits, by trying all of them."""
+    base = resolve(sweep).base
+    widths = range(2, 9)
+    costs = [cost_of({**base, "bits": {"*": {"weight": w, "activation": a}}}) for w in widths for a in widths]
+    return sum(not cost.over(sweep) for cost in costs)
 
 
 @FEW
 @given(
     share=st.floats(0, 1),
     limit=st.sampled_from(["max_bops", "max_relative_bops", "max_size_bytes"]),
-    trials=st.integers(1, 20),
+    trials=st.integers(1, 12),
     seed=st.integers(0, 99),
 )
-def test_no_proposal_breaks_a_limit_and_none_comes_twice(
+def test_there_are_as_many_proposals_as_asked_for_or_affordable_none_twice_none_over_the_limit(
     tmp_path: Path, share: float, limit: str, trials: int, seed: int
 ) -> None:
-    free = resolve(small_sweep(space="per_layer"))
-    least, most = (cost_of({**free.base, "bits": {"*": {"weight": width, "activation": width}}}) for width in (2, 8))
-    name = limit.removeprefix("max_")
-    budget = getattr(least, name) + share * (getattr(most, name) - getattr(least, name))
-    sweep = small_sweep(space="per_layer", trials=trials, seed=seed, **{limit: budget})
+    base, name = resolve(small_sweep()).base, limit.removeprefix("max_")
+    least, most = (
+        getattr(cost_of({**base, "bits": {"*": {"weight": width, "activation": width}}}), name) for width in (2, 8)
+    )
+    sweep = small_sweep(trials=trials, seed=seed, **{limit: least + share * (most - least)})
     found = run(open_ledger(fresh_folder(tmp_path), sweep))
-    assert all(getattr(proposal.cost, name) <= budget for proposal in found)
-    assert len({proposal.cost.digest for proposal in found}) == len(found)
-    assert 1 <= len(found) <= trials
-    if share > 0.5:
-        assert len(found) == trials
-
-
-def affordable(sweep: Sweep) -> int:
-    """How many configurations of a small space are within the limits, by trying all of them."""
-    found = resolve(sweep)
-    costs = [
-        cost_of({**found.base, "bits": {"*": {"weight": w, "activation": a}}}) for w in range(2, 9) for a in range(2, 9)
-    ]
-    return len({cost.digest for cost in costs if not cost.over(sweep)})
+    assert len(found) == len({proposal.cost.digest for proposal in found}) == min(trials, affordable(sweep))
+    assert all(getattr(proposal.cost, name) <= getattr(sweep, limit) for proposal in found)
 
 
 @pytest.mark.parametrize(
     ("changes", "size"),
-    [({}, 49), ({"max_size_bytes": 8000}, 28), ({"max_bops": 1_200_000}, 3), ({"sampler": "random"}, 49)],
+    [({}, 49), ({"max_size_bytes": 8000}, 21), ({"max_bops": 1_200_000}, 1)],
     ids=str,
 )
 def test_a_small_space_is_exhausted_and_then_there_is_none_left(
     tmp_path: Path, changes: dict[str, Any], size: int
 ) -> None:
-    sweep = small_sweep(space="uniform", trials=60, **changes)
+    sweep = small_sweep(trials=60, **changes)
     ledger = open_ledger(tmp_path, sweep)
     assert len(run(ledger)) == affordable(sweep) == size
     assert ledger.propose() is None
@@ -199,39 +207,47 @@ def test_a_reason_of_any_length_is_kept_in_its_first_part(tmp_path: Path) -> Non
     assert on_disk(tmp_path)[0].user_attrs["reason"] == "ä" * 2000
 
 
-KILLED_AT = [1, 4, 7, 9, 13, 17, 23]
+@cache
+def uninterrupted(sweep_name: str) -> list[Proposal]:
+    """What a sweep proposes from its beginning to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(Ledger(RunFolder(Path(folder)), searched(sweep_name)))
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "nsga3", "qmc"])
-@pytest.mark.parametrize("killed_at", [3, 9, 14])
+def searched(sweep_name: str) -> Resolved:
+    if sweep_name != "few configurations":
+        return resolve(Sweep(space="per_layer", trials=14, sampler=sweep_name, seed=5))
+    layers = [f"bits/{layer}/{role}" for layer in ("conv2", "fc1") for role in ("weight", "activation")]
+    return replace(resolve(Sweep(trials=14)), space={name: CategoricalDistribution([2, 4]) for name in layers})
+
+
+@pytest.mark.parametrize("sweep_name", ["tpe", "nsga2", "qmc", "few configurations"])
+@pytest.mark.parametrize("killed_at", [5, 12])
 def test_a_sweep_that_was_stopped_between_trials_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, sampler: str, killed_at: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_name: str, killed_at: int
 ) -> None:
-    sweep = Sweep(space="per_layer", trials=20, sampler=sampler, seed=5)
-    whole = run(open_ledger(fresh_folder(tmp_path), sweep))
-    folder = fresh_folder(tmp_path)
-    first = run(open_ledger(folder, sweep), killed_at)
-    rest = run(open_ledger(folder, sweep))
-    assert [p.params for p in first + rest] == [p.params for p in whole]
-    assert [p.source for p in first + rest] == [p.source for p in whole]
+    monkeypatch.setattr("raysearch.ledger.ATTEMPTS", 4)  # or a sampler that lost its place would find it in time
+    folder, resolved = RunFolder(tmp_path), searched(sweep_name)
+    found = run(Ledger(folder, resolved), killed_at) + run(Ledger(folder, resolved))
+    assert [(p.params, p.source) for p in found] == [(p.params, p.source) for p in uninterrupted(sweep_name)]
 
 
-@pytest.mark.parametrize("killed_at", KILLED_AT)
+@pytest.mark.parametrize("killed_at", [0, 6, 12, 13])
 def test_trials_that_were_interrupted_come_back_under_their_numbers(tmp_path: Path, killed_at: int) -> None:
-    sweep = small_sweep(space="per_layer", trials=24)
+    sweep = small_sweep(space="per_layer", trials=14)
     ledger = open_ledger(tmp_path, sweep)
-    run(ledger, killed_at - 1)
-    cut = [ledger.propose(), ledger.propose()][: 24 - killed_at + 1]
+    run(ledger, killed_at)
+    cut = list(islice(proposals(ledger), 2))
     again = open_ledger(tmp_path, sweep)
-    assert [again.propose() for _ in cut] == cut
+    assert list(islice(proposals(again), len(cut))) == cut
     for proposal in cut:
-        assert proposal is not None
         finish(again, proposal)
     rest = run(again)
-    assert [trial.number for trial in on_disk(tmp_path)] == list(range(24))
-    assert len({trial.user_attrs["digest"] for trial in on_disk(tmp_path)}) == 24
-    assert [proposal.number for proposal in rest] == list(range(killed_at + len(cut) - 1, 24))
-    assert open_ledger(tmp_path, sweep).running() == []
+    assert [proposal.number for proposal in rest] == list(range(killed_at + len(cut), 14))
+    trials = on_disk(tmp_path)
+    assert [trial.number for trial in trials] == list(range(14))
+    assert len({trial.user_attrs["digest"] for trial in trials}) == 14
+    assert all(trial.state.is_finished() for trial in trials)
 
 
 def test_an_interrupted_trial_may_be_interrupted_again(tmp_path: Path) -> None:
@@ -244,13 +260,13 @@ def test_an_interrupted_trial_may_be_interrupted_again(tmp_path: Path) -> None:
 
 def test_two_seeds_search_differently_and_the_same_seed_alike(tmp_path: Path) -> None:
     def params(seed: int) -> list[dict[str, Any]]:
-        sweep = Sweep(space="per_layer", trials=16, seed=seed)
+        sweep = Sweep(space="per_layer", trials=10, seed=seed)
         return [p.params for p in run(open_ledger(fresh_folder(tmp_path), sweep))]
 
     assert params(0) == params(0) != params(1)
 
 
-@pytest.mark.parametrize("name", ["a b", "50%", "ä", "what?", "a#b"])
+@pytest.mark.parametrize("name", ["a b", "50%", "ä", "a#b"])
 def test_the_run_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     run(open_ledger(tmp_path / name, small_sweep()), 2)
@@ -259,7 +275,48 @@ def test_the_run_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
 
 
 def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
-    run(open_ledger(tmp_path, small_sweep()))
-    from optuna_dashboard._app import create_app
+    run(open_ledger(tmp_path, small_sweep()), 2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("optuna-dashboard")), f"sqlite:///{tmp_path / 'study.db'}"]
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        (study,) = answer(f"http://127.0.0.1:{port}/api/studies")["study_summaries"]
+    finally:
+        server.terminate()
+        server.wait()
+    assert study["study_name"] == STUDY
+    assert study["directions"] == ["maximize", "minimize", "minimize"]
 
-    assert create_app is not None
+
+def answer(url: str) -> Any:
+    """The JSON behind an address, as soon as its server is there."""
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                return json.load(response)
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+def test_gp_does_not_want_for_ever_what_has_failed(tmp_path: Path) -> None:
+    """It does not learn from failures, so it asks for the failed configuration again; one beside it is taken."""
+    ledger = open_ledger(tmp_path, Sweep(space="per_layer", trials=18, sampler="gp"))
+    run(ledger, 12)
+    failed = ledger.propose()
+    assert failed is not None
+    ledger.tell(failed.number, TrialState.FAIL, reason="loss is nan")
+    rest = run(ledger)
+    assert len(rest) == 5
+    assert ledger.refused < 30
+
+
+def test_an_impossible_proposal_is_refused_and_never_a_trial(tmp_path: Path) -> None:
+    """A space of one's own may hold what its corners do not show: here, one layer's widths beyond the other's."""
+    resolved = resolve(Sweep(trials=30))
+    space = {"bits/conv2/weight": CategoricalDistribution([2, 4, 9]), "bits/fc1/weight": IntDistribution(2, 3)}
+    found = run(Ledger(RunFolder(tmp_path), replace(resolved, space=space)))
+    assert {proposal.params["bits/conv2/weight"] for proposal in found} == {2, 4}
+    assert len(found) == 4
