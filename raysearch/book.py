@@ -4,6 +4,7 @@ One object hears of everything in one place, in an order that survives a kill at
 study. What a killed driver left half done is completed by the next one from the records.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,16 @@ from optuna.trial import TrialState
 
 from analysis.front import Front
 from analysis.pareto import non_dominated
+from analysis.rows import OBJECTIVES
 from raysearch.ledger import Ledger, Proposal
 from raysearch.records import SCHEMA, Log, RunFolder
 from trainables import checkpoint
 from trainables.cost import size_bytes
 
 Listener = Callable[["Book"], None]
+METRICS = ("accuracy", "loss", "bops", "relative_bops", "size_bytes")
+PICKED = ("accuracy", "bops", "size_bytes")
+"""What picking prefers, the first two, and what it may limit besides; relative BOPs go with BOPs."""
 
 
 @dataclass
@@ -83,9 +88,8 @@ class Book:
         live.timing["first_step_at"] = report["first_step_at"]
         if report["epoch"] in (row["epoch"] for row in live.history):
             return
-        point = report["points"][0]
-        metrics = {name: point[name] for name in ("accuracy", "loss", "bops", "relative_bops", "size_bytes")}
-        row = {"epoch": report["epoch"], "train_loss": report["train_loss"], **metrics, "seconds": report["seconds"]}
+        metrics = {"train_loss": report["train_loss"], **{name: report["points"][0][name] for name in METRICS}}
+        row = {"epoch": report["epoch"], **_written(metrics), "seconds": report["seconds"]}
         live.history.append(row)
         self._epochs.append({"trial": number, **row, "time": time.time()})
         self._listener(self)
@@ -95,8 +99,10 @@ class Book:
         live = self.live.pop(number)
         if number in self._ended:
             return
+        if status == "complete" and (fault := _fault(live)):
+            status, reason = "failed", fault
         points = live.points if status == "complete" else live.points[:1]
-        for row in [self._row(live, point, status, reason) for point in points or [{}]]:
+        for row in [self._row(live, _written(point), status, reason) for point in points or [{}]]:
             self._records.append(row, durable=True)
             self.rows.append(row)
             self._count(row)
@@ -166,15 +172,36 @@ class Book:
         self.ledger.tell(number, state, values, row["reason"] or "")
 
     def _drop_checkpoints(self, number: int) -> None:
-        """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it."""
+        """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it.
+
+        Picking under a limit makes what it limits an objective, so what could then be picked is kept, too.
+        """
         complete = [row for row in self.rows if row["status"] == "complete"]
-        kept: set[int] = set()
-        if complete:
-            signs = [-1 if direction == "max" else 1 for direction in self.sweep.objectives.values()]
-            values = np.array([[row[name] for name in self.sweep.objectives] for row in complete], dtype=float) * signs
-            kept = {row["trial"] for row, on_front in zip(complete, non_dominated(values), strict=True) if on_front}
+        names = list(self.sweep.objectives)
+        fronts = {tuple(names), tuple(dict.fromkeys([*names, *PICKED[:2]])), tuple(dict.fromkeys([*names, *PICKED]))}
+        kept = {trial for front in fronts for trial in _front_trials(complete, front)}
         for other in ({row["trial"] for row in complete} | {number}) - kept:
             (self.folder.trial(other) / checkpoint.FILE).unlink(missing_ok=True)
+
+
+def _written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON has them: what is no finite number becomes None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _fault(live: Live) -> str | None:
+    """Why a trial that ended well is no point all the same."""
+    if not live.points:
+        return "it ended without a report"
+    broken = [f"{k} is {point[k]}" for point in live.points for k in METRICS if not math.isfinite(point[k])]
+    return f"{broken[0]} after epoch {live.history[-1]['epoch']}" if broken else None
+
+
+def _front_trials(complete: list[dict[str, Any]], names: tuple[str, ...]) -> set[int]:
+    """Trials with a point on the front of these objectives."""
+    signs = [-1 if OBJECTIVES[name] == "max" else 1 for name in names]
+    values = np.array([[row[name] for name in names] for row in complete], dtype=float).reshape(-1, len(names)) * signs
+    return {row["trial"] for row, on_front in zip(complete, non_dominated(values), strict=True) if on_front}
 
 
 def _known_epochs(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:

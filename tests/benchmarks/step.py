@@ -1,9 +1,11 @@
 """Price of one training step: quantized over plain eager float, same network, same run, one thread, CPU time.
 
-    python -m tests.benchmarks.step [--rounds 30] [--methods lsq,pact,dorefa]
+    python -m tests.benchmarks.step [--rounds 30] [--methods lsq,pact,dorefa] [--layout contiguous]
 
-All variants take turns within each round, so a busy machine slows them alike; the table gives medians of CPU time and
-their ratios to the float step. Brevitas joins when it is installed (`pip install ".[benchmarks]"`).
+All variants take turns within each round, so a busy machine slows them alike. The table gives medians of CPU time and
+two ratios: to the plain float step, and to the float step in the memory layout of the quantized ones. That is channels
+last, as in the training loop, unless `--layout contiguous` asks for torch's default. Brevitas, in torch's default
+layout, joins when it is installed (`pip install ".[benchmarks]"`).
 """
 
 import argparse
@@ -45,12 +47,15 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     return step
 
 
-def quantized_step(name: str, method: str, bits: int, compiled: str, images: Tensor, labels: Tensor) -> Step:
+def quantized_step(
+    name: str, method: str, bits: int, compiled: str, images: Tensor, labels: Tensor, layout: torch.memory_format
+) -> Step:
     """The step of a method at uniform `bits`, first and last layer at 8."""
     model, table = float_network(name)
     plugin = plugins.attribute("methods", method, "Method")
     instance = plugin(plugin.Settings())
     instance.prepare(model, table, uniform(table, bits, bits))
+    model.to(memory_format=layout)
     instance.calibrate(model, images)
     inner = training_step(torch.compile(model) if compiled == "model" else model, images, labels)
 
@@ -94,21 +99,26 @@ def brevitas_step(name: str, bits: int, images: Tensor, labels: Tensor) -> Step:
     return training_step(model, images, labels)
 
 
-def variants(name: str, methods: list[str]) -> dict[str, Step]:
-    """All steps to compare on one network."""
+def variants(name: str, methods: list[str], layout: torch.memory_format) -> dict[str, Step]:
+    """All steps to compare on one network; the first two are the references of the two ratios."""
     shape, batch, _ = NETWORKS[name]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *shape, generator=generator)
+    plain = torch.randn(batch, *shape, generator=generator)
+    images = plain.contiguous(memory_format=layout)
     labels = torch.randint(0, 10, (batch,), generator=generator)
-    steps = {"float, eager": training_step(float_network(name)[0], images, labels)}
+    same_layout = float_network(name)[0].to(memory_format=layout)
+    steps = {
+        "float, eager, plain": training_step(float_network(name)[0], plain, labels),
+        "float, eager, same layout": training_step(same_layout, images, labels),
+    }
     for method in methods:
         for bits in (2, 4, 8):
             for compiled in ("off", "quantizers"):
                 label = f"{method} {bits} bits, {'eager' if compiled == 'off' else 'compiled quantizers'}"
-                steps[label] = quantized_step(name, method, bits, compiled, images, labels)
-    steps[f"{methods[0]} 4 bits, compiled model"] = quantized_step(name, methods[0], 4, "model", images, labels)
+                steps[label] = quantized_step(name, method, bits, compiled, images, labels, layout)
+    steps[f"{methods[0]} 4 bits, compiled model"] = quantized_step(name, methods[0], 4, "model", images, labels, layout)
     if importlib.util.find_spec("brevitas"):
-        steps["brevitas 4 bits, eager"] = brevitas_step(name, 4, images, labels)
+        steps["brevitas 4 bits, eager"] = brevitas_step(name, 4, plain, labels)
     return steps
 
 
@@ -130,15 +140,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--methods", default="lsq")
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    layout = torch.channels_last if arguments.layout == "channels_last" else torch.contiguous_format
     for name in arguments.networks.split(","):
-        times = measure(variants(name, arguments.methods.split(",")), arguments.rounds)
-        floor = statistics.median(times["float, eager"])
-        print(f"\n{name}, batch {NETWORKS[name][1]}, torch {torch.__version__}, 1 thread, {arguments.rounds} rounds")
-        for label, values in times.items():
-            median = statistics.median(values)
-            print(f"  {label:34s} {median * 1e3:8.1f} ms   {median / floor:5.2f}")
+        times = measure(variants(name, arguments.methods.split(","), layout), arguments.rounds)
+        medians = {label: statistics.median(values) for label, values in times.items()}
+        plain, same = list(medians.values())[:2]
+        print(
+            f"\n{name}, batch {NETWORKS[name][1]}, torch {torch.__version__}, 1 thread, {arguments.rounds} rounds, "
+            f"{arguments.layout}\n{'':34s} {'CPU time':>11s}  / plain  / same layout"
+        )
+        for label, median in medians.items():
+            print(f"  {label:32s} {median * 1e3:8.1f} ms {median / plain:8.2f} {median / same:14.2f}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def formula(bits: Mapping[str, list[int]]) -> float:
     return 1 - sum(4.0**-w + 4.0**-a for w, a in bits.values()) / len(bits)
 
 
-def point(proposal: Proposal, accuracy: float, **changes: Any) -> PointReport:
+def point(proposal: Proposal, accuracy: float, /, **changes: Any) -> PointReport:
     """What an operating point of the proposal reports."""
     cost = proposal.cost
     fields: dict[str, Any] = {
