@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,13 @@ def raysearch() -> None:
 
 def main() -> None:
     """Entry point: turns errors into one line and an exit code."""
+    from raysearch.facts import THREADS
     from trainables.errors import ConfigError, DataError, DivergedError, PluginError
 
+    for name, value in THREADS.items():  # read when torch is loaded
+        os.environ.setdefault(name, value)
     try:
-        code = raysearch.main(standalone_mode=False)
+        code = raysearch.main(prog_name="raysearch", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
@@ -49,7 +53,7 @@ def main() -> None:
         code = 130
     except (SweepError, RecordError, ConfigError, DataError, PluginError) as error:
         code = _say_error(error, 2)
-    except (TrialError, DivergedError, RaysearchError) as error:
+    except (TrialError, DivergedError, RaysearchError, OSError) as error:  # OSError: a folder or a disk says no
         code = _say_error(error, 1)
     sys.exit(code or 0)
 
@@ -101,7 +105,8 @@ def _sweep(options: dict[str, Any]) -> Sweep:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given or name not in tree:
             tree[name] = value
-    tree["settings"] = {**tree.get("settings", {}), **settings}
+    if isinstance(tree.setdefault("settings", {}), dict):
+        tree["settings"] = {**tree["settings"], **settings}
     if objectives is not None:
         tree["objectives"] = _objectives(objectives)
     return Sweep.from_tree(tree)
@@ -235,9 +240,10 @@ class _Remembering:
 
 def _show(result: Any) -> None:
     from raysearch.mlflow_links import front_url, ui_command
+    from raysearch.overview import size_of
 
     front = result.front()
-    click.echo(f"\n{len(front)} points on the front, hypervolume {front.hypervolume():.4f}\n")
+    click.echo(f"\n{size_of(front, ' on the front')}\n")
     click.echo(front.table())
     click.echo(f"\nrun folder  {result.path}")
     uri = result.description["sweep"]["mlflow_uri"]
@@ -294,10 +300,14 @@ def front(runs: tuple[Path, ...], form: str | None, plot: Path | None) -> None:
 
 @raysearch.command()
 @click.argument("run_folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--max-bops", type=float, help="at most so many BOPs")
-@click.option("--max-relative-bops", type=float, metavar="P", help="at most P % of the 32x32-bit BOPs")
-@click.option("--max-size-bytes", type=float, metavar="N", help="at most N bytes")
-@click.option("--min-accuracy", type=float, metavar="A", help="validation accuracy of at least A, 0..1")
+@click.option("--max-bops", type=click.FloatRange(min=0), metavar="N", help="at most N BOPs")
+@click.option(
+    "--max-relative-bops", type=click.FloatRange(0, 100), metavar="P", help="at most P % of the 32x32-bit BOPs"
+)
+@click.option("--max-size-bytes", type=click.FloatRange(min=0), metavar="N", help="at most N bytes")
+@click.option(
+    "--min-accuracy", type=click.FloatRange(0, 1), metavar="A", help="validation accuracy of at least A, 0..1"
+)
 @click.option("--test/--no-test", "with_test", default=True, help="measure the test accuracy, once  [default: test]")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout")
 def pick(run_folder: Path, with_test: bool, as_json: bool, max_relative_bops: float | None, **limits: Any) -> None:

@@ -36,6 +36,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    **facts.THREADS,
     # A worker that dies is replaced; Ray would announce it on stdout, where our data is.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
     # Tune's own files are not read again: records and study are the truth.
@@ -45,6 +46,7 @@ RAY_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+RAY_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 PROCESS_RETRIES = 2
 MIRROR_WAIT_S = 60.0
 INTERRUPTED_WAIT_S = 5.0
@@ -115,6 +117,8 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
 def _check_folder(folder: RunFolder) -> None:
     path = folder.path
     _check_free(folder)
+    if "?" in str(path.resolve()):
+        raise SweepError(f"{path}: a path with a question mark cannot hold the study's database; take another --out")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SweepError(f"{path} exists and is not an empty folder: take another --out")
     made = not path.exists()
@@ -207,22 +211,49 @@ def _start_ray(sweep: Sweep) -> bool:
 
     if ray.is_initialized():
         return False
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _join_cluster(address, options)
+        _join_cluster(address)
     else:
         # Without the dashboard, a dead Train controller would leak its placement group; without Train, nothing would.
-        ray.init(
-            address="local",
-            include_dashboard=_uses_group(sweep, _gpus_per_worker(sweep, torch.cuda.device_count())),
-            object_store_memory=200 * 2**20,
-            **options,
-        )
+        start_local(dashboard=_uses_group(sweep, _gpus_per_worker(sweep, torch.cuda.device_count())))
     return True
 
 
-def _join_cluster(address: str, options: dict[str, Any]) -> None:
+def start_local(*, dashboard: bool, **options: Any) -> None:
+    """Start a Ray of our own on this machine.
+
+    Ray Train's helper that frees the place of a dead group looks for the one Ray of the machine, and gives up when
+    another sweep has started a second one, unless RAY_ADDRESS names it. Ray's processes inherit our environment, so
+    its port is chosen here.
+    """
+    import ray
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    with _environment(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=f"{ray.util.get_node_ip_address()}:{port}"):
+        ray.init(
+            address="local", include_dashboard=dashboard, object_store_memory=200 * 2**20, **RAY_OPTIONS, **options
+        )
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _join_cluster(address: str) -> None:
     import ray
 
     host, _, port = address.rpartition(":")
@@ -230,7 +261,7 @@ def _join_cluster(address: str, options: dict[str, Any]) -> None:
         if host and port.isdigit():
             # Ray itself would wait for minutes.
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address="auto", **options)
+        ray.init(address="auto", **RAY_OPTIONS)
     except (OSError, ValueError) as error:
         raise SweepError(
             f"RAY_ADDRESS = {address}: {error}; start a cluster there (ray start --head), or unset RAY_ADDRESS"
