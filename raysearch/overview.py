@@ -2,9 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raysearch.records import read_lines
 from raysearch.result import Result
+
+if TYPE_CHECKING:
+    from analysis.front import Front
 
 
 def overview(path: Path, *, busy: bool) -> str:
@@ -33,7 +37,13 @@ def overview(path: Path, *, busy: bool) -> str:
     lines += [f"  trial {row['trial']} {row['status']}: {row['reason']}" for row in rows if row["status"] == "failed"]
     if counts["complete"]:
         front = result.front()
-        lines += [f"  front: {len(front)} points, hypervolume {front.hypervolume():.4f}", "", front.table()]
+        lines += [f"  front: {size_of(front)}", "", front.table()]
     if state == "interrupted":
         lines += ["", f"go on with: raysearch resume {path}"]
     return "\n".join(lines)
+
+
+def size_of(front: "Front", where: str = "") -> str:
+    """`5 points, hypervolume 0.7123`; with the loss as an objective, which has no worst value, only the points."""
+    points = f"{len(front)} point{'s' * (len(front) != 1)}{where}"
+    return points if "loss" in front.objectives else f"{points}, hypervolume {front.hypervolume():.4f}"

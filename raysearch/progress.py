@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from raysearch.driver import Watcher
+from raysearch.overview import size_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -66,14 +67,14 @@ class PlainProgress(Watcher):
 
     def event(self, book: "Book") -> None:
         """A line when a trial has ended."""
-        ended = sum(book.counts.values())
+        ended = sum(book.counts.values()) - book.ended_before
         if ended == self._ended:
             return
         self._ended = ended
         row = book.rows[-1]
         left = clock(seconds_left(book, time.monotonic() - book.opened_at))
-        volume = f"hypervolume {book.front().hypervolume():.4f}, " if book.has_points() else ""
-        self.say(f"trial {row['trial']} {outcome(row)} | {counts(book)} | {volume}{left} left")
+        front = f" | front: {size_of(book.front())}" if book.has_points() else ""
+        self.say(f"trial {row['trial']} {outcome(row)} | {counts(book)}{front} | {left} left")
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -93,6 +94,13 @@ def counts(book: "Book") -> str:
         f"{done['complete']}/{book.sweep.trials} done, {len(book.live)} running, "
         f"{done['pruned']} pruned, {done['failed']} failed"
     )
+
+
+def _state(epoch: dict[str, Any] | None) -> str:
+    """What a trial has reached with its last epoch."""
+    if epoch is None:
+        return "starting"
+    return "accuracy -" if epoch["accuracy"] is None else f"accuracy {epoch['accuracy']:.2%}"
 
 
 class LiveProgress(Watcher):
@@ -141,14 +149,13 @@ class LiveProgress(Watcher):
         ]
         for number, live in sorted(book.live.items()):
             last = live.history[-1] if live.history else None
-            state = f"accuracy {last['accuracy']:.2%}" if last else "starting"
             epoch = last["epoch"] if last else 0
-            lines.append(Text(f"  trial {number}: epoch {epoch}/{book.sweep.epochs}, {state} ({live.proposal.source})"))
+            lines.append(
+                Text(f"  trial {number}: epoch {epoch}/{book.sweep.epochs}, {_state(last)} ({live.proposal.source})")
+            )
         if book.has_points():
             front = book.front()
-            table = Table(
-                title=f"front: {len(front)} points, hypervolume {front.hypervolume():.4f}", title_justify="left"
-            )
+            table = Table(title=f"front: {size_of(front)}", title_justify="left")
             for column in ("trial", "accuracy", "relative BOPs", "size", "bits"):
                 table.add_column(column, justify="left" if column == "bits" else "right")
             from analysis.front import human_bytes

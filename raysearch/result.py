@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import RecordError
-from raysearch.records import Log, RunFolder
+from raysearch.records import Log, RunFolder, read_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,12 +74,13 @@ class Result:
         Raises:
             RecordError: the point's checkpoint is gone.
         """
-        known = row.get("test_accuracy")
-        if known is not None and known == known:
-            return float(known)
-        accuracy = _test_accuracy(self, int(row["trial"]), str(row["point"]))
+        trial, point = int(row["trial"]), str(row["point"])
+        for known in read_lines(self.folder.tests):
+            if (known["trial"], known["point"]) == (trial, point):
+                return float(known["test_accuracy"])
+        accuracy = _test_accuracy(self, trial, point)
         log = Log(self.folder.tests)
-        log.append({"trial": int(row["trial"]), "point": str(row["point"]), "test_accuracy": accuracy}, durable=True)
+        log.append({"trial": trial, "point": point, "test_accuracy": accuracy}, durable=True)
         log.close()
         return accuracy
 
@@ -97,7 +98,7 @@ def front_of(results: list[Result]) -> "Front":
     """One front over the points of several sweeps, under the objectives of the first.
 
     Raises:
-        RecordError: none of them has a complete trial.
+        RecordError: none of them has a complete trial, or they are of several data sets.
     """
     from analysis.front import Front
 
@@ -106,7 +107,10 @@ def front_of(results: list[Result]) -> "Front":
         raise RecordError(f"no complete trial in {', '.join(str(result.path) for result in results)}")
     if len(results) == 1:
         rows = [{key: value for key, value in row.items() if key != "run"} for row in rows]
-    return Front.of(rows, results[0].objectives)
+    try:
+        return Front.of(rows, results[0].objectives)
+    except ValueError as error:
+        raise RecordError(str(error)) from error
 
 
 def _test_accuracy(result: Result, trial: int, point: str) -> float:

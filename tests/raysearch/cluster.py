@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from raysearch.cli import main
-from raysearch.driver import RAY_ENVIRONMENT
+from raysearch.driver import RAY_ENVIRONMENT, start_local
 from raysearch.result import Result
 from tests.raysearch.fragile import DIARY
 
@@ -27,14 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**RAY_ENVIRONMENT, "PYTHONPATH": str(ROOT), DIARY: str(diary)}.items():
             patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=CPUS,
-            include_dashboard=True,
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        start_local(dashboard=True, num_cpus=CPUS)
         yield diary
         ray.shutdown()
 

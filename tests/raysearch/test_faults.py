@@ -33,6 +33,7 @@ EPOCHS = 4
 PATIENCE_S = 180
 BASE: dict[str, Any] = {
     "start/epochs": 1,
+    "optimizer/lr": 0.005,
     "training/batch_size": 8,  # an epoch takes long enough to be killed in the middle of a trial
     "data/train_limit": 640,
     "data/validation_limit": 300,
@@ -350,6 +351,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
         third = start("resume", str(run), **pipes)
         killed = stopped(third, run, 4, third.kill)
         code, screen = on_a_terminal("resume", str(run))
+    Path("/tmp/w/h8/screen.txt").write_text(screen)
     return Life(Result(run), folder / "diary.jsonl", second, interrupted, killed, code, screen)
 
 

@@ -303,14 +303,14 @@ def answer(url: str) -> Any:
 
 def test_gp_does_not_want_for_ever_what_has_failed(tmp_path: Path) -> None:
     """It does not learn from failures, so it asks for the failed configuration again; one beside it is taken."""
-    ledger = open_ledger(tmp_path, Sweep(space="per_layer", trials=18, sampler="gp"))
-    run(ledger, 12)
-    failed = ledger.propose()
-    assert failed is not None
-    ledger.tell(failed.number, TrialState.FAIL, reason="loss is nan")
-    rest = run(ledger)
-    assert len(rest) == 5
-    assert ledger.refused < 30
+    ledger = open_ledger(tmp_path, Sweep(space="per_layer", trials=16, sampler="gp"))
+    run(ledger, 9)
+    rest = []
+    for proposal in proposals(ledger):
+        ledger.tell(proposal.number, TrialState.FAIL, reason="loss is nan")
+        rest.append(proposal)
+    assert len(rest) == 7
+    assert ledger.refused <= 4 * len(rest)
 
 
 def test_an_impossible_proposal_is_refused_and_never_a_trial(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ OTHERS = st.fixed_dictionaries(
     {},
     optional={
         "optimizer/lr": st.builds(FloatDistribution, st.floats(1e-4, 1e-2), st.floats(0.011, 1), log=st.booleans()),
-        "optimizer/momentum": st.sampled_from([0.07, 0.1, 0.3]).map(
-            lambda step: FloatDistribution(0.0, 3 * step, step=step)
+        "optimizer/momentum": st.sampled_from([(0.21, 0.07), (0.3, 0.1), (0.9, 0.3)]).map(
+            lambda ends: FloatDistribution(0.0, ends[0], step=ends[1])
         ),
         "training/batch_size": int_range(7, 300),
         "optimizer/name": st.sampled_from([["adam", "sgd"], ["adam", "adamw"]]).map(CategoricalDistribution),

@@ -1,6 +1,7 @@
 """Whole sweeps on a real Ray: what they leave behind, and that a trial's numbers depend on nothing but the trial."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,7 @@ def test_no_process_is_started_between_trials(inline: Result, alone: Result, tra
         rows = sorted(result.records(), key=lambda row: row["trial"])
         assert len({row["timing"]["slot"] for row in rows}) == 1
         timings = [row["timing"] for row in rows]
-        pairs = zip(timings, timings[1:], strict=False)
-        gaps = pd.Series([after["first_step_at"] - before["reported_at"] for before, after in pairs])
+        gaps = pd.Series([b["first_step_at"] - a["reported_at"] for a, b in pairwise(timings)])
         assert gaps.min() > 0
         assert gaps.median() < 2  # a new process takes longer; on quiet cores it is 0.2
 
