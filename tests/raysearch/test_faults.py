@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -316,9 +315,8 @@ def stopped(process: subprocess.Popen[str], run: Path, trials: int, how: Callabl
 
 
 def on_a_terminal(*arguments: str) -> tuple[int, str]:
-    """Exit code and everything that a command wrote on a terminal of 120 columns."""
+    """Exit code and everything that a command wrote on a terminal."""
     ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (40, 120))
     process = start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     screen = b""
@@ -342,6 +340,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "120")
         patch.setenv(DIARY, str(folder / "diary.jsonl"))
         first = start("sweep", "--from", str(folder / "sweep.json"), "--out", str(run), **pipes)
         wait_until((run / "sweep.json").exists, first)
@@ -351,7 +350,6 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
         third = start("resume", str(run), **pipes)
         killed = stopped(third, run, 4, third.kill)
         code, screen = on_a_terminal("resume", str(run))
-    Path("/tmp/w/h8/screen.txt").write_text(screen)
     return Life(Result(run), folder / "diary.jsonl", second, interrupted, killed, code, screen)
 
 

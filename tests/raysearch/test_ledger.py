@@ -303,14 +303,14 @@ def answer(url: str) -> Any:
 
 def test_gp_does_not_want_for_ever_what_has_failed(tmp_path: Path) -> None:
     """It does not learn from failures, so it asks for the failed configuration again; one beside it is taken."""
-    ledger = open_ledger(tmp_path, Sweep(space="per_layer", trials=16, sampler="gp"))
-    run(ledger, 9)
-    rest = []
+    ledger = open_ledger(tmp_path, Sweep(space="per_layer", trials=13, sampler="gp"))
     for proposal in proposals(ledger):
-        ledger.tell(proposal.number, TrialState.FAIL, reason="loss is nan")
-        rest.append(proposal)
-    assert len(rest) == 7
-    assert ledger.refused <= 4 * len(rest)
+        if proposal.number < 10:
+            ledger.tell(proposal.number, TrialState.COMPLETE, values_of(ledger, proposal))
+        else:
+            ledger.tell(proposal.number, TrialState.FAIL, reason="loss is nan")
+    assert ledger.started == 13
+    assert 0 < ledger.refused <= 8  # it asked again, and not as often as it is allowed to
 
 
 def test_an_impossible_proposal_is_refused_and_never_a_trial(tmp_path: Path) -> None:
