@@ -10,8 +10,10 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -197,12 +199,26 @@ def _ray(sweep: Sweep) -> Iterator[None]:
         os.environ.setdefault(name, value)
     mine = _start_ray(sweep)
     try:
-        yield
+        with _terminable():
+            yield
     finally:
         if mine:
             import ray
 
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C, so that the end is orderly; Ray's own handler would abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _start_ray(sweep: Sweep) -> bool:

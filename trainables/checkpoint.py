@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -58,9 +59,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ConfigError: the file is missing, torn, or not of this format.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata.get("state", "{}"))  # noqa: SIM118
+        data = path.read_bytes()  # once: `safe_open` opens the path twice, and the file may be replaced in between
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, json.loads(header.get("__metadata__", {}).get("state", "{}"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ConfigError(f"cannot read checkpoint {path}: {error}") from error
 

@@ -313,6 +313,7 @@ def test_a_driver_that_is_killed_between_record_and_study_is_completed_from_the_
     assert len(folder.read_records()) == 2
     second = open_book(folder, resolved)
     assert [trial.state.name for trial in study_of(folder)] == ["COMPLETE", "COMPLETE"]
+    assert second.ledger.interrupted == []
     drive_mixed(second)
     check_whole(folder, 5)
 

@@ -232,6 +232,21 @@ def test_a_sweep_whose_trials_all_fail_says_so_with_exit_code_1(
     assert [row["status"] for row in lines(run / "records.jsonl")] == ["failed"] * 2
 
 
+def test_a_terminated_sweep_on_a_ray_of_ones_own_is_resumed_in_the_same_process(cluster: Path, tmp_path: Path) -> None:
+    class Terminating(Watcher):
+        def event(self, book: Book) -> None:
+            if 1 in book.live and book.live[1].history:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    asked = question(3, {}, workers=2, mlflow_uri=DEAD)
+    with pytest.raises(KeyboardInterrupt):
+        raysearch.run(asked, tmp_path / "run", watcher=Terminating())
+    assert len(lines(tmp_path / "run/records.jsonl")) == 1
+    result = raysearch.resume(tmp_path / "run")
+    check_books(result, 3)
+    assert set(ends(result).values()) == {("complete", None)}
+
+
 DEAD = "http://127.0.0.1:9"
 """Nobody listens there."""
 TRIALS = 9
@@ -243,7 +258,7 @@ class Ended:
 
     Attributes:
         seconds: from the signal to its end.
-        left: processes of its session after that.
+        left: processes of its session some seconds after that.
         records: how many there were.
         open: trials without a record -> their last epoch.
     """
@@ -309,6 +324,9 @@ def stopped(process: subprocess.Popen[str], run: Path, trials: int, how: Callabl
     how()
     code = process.wait(PATIENCE_S)
     seconds = time.monotonic() - began
+    until = time.monotonic() + 5
+    while processes(process.pid) and time.monotonic() < until:
+        time.sleep(0.1)
     left, records, unfinished = processes(process.pid), len(lines(run / "records.jsonl")), open_trials(run)
     out, err = process.communicate(timeout=PATIENCE_S)
     return Ended(code, out, err, seconds, left, records, unfinished)
