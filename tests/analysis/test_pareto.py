@@ -290,3 +290,10 @@ def test_a_history_ends_at_the_hypervolume_of_all_points_and_never_falls(values)
     volumes = hypervolume_history(frame, objectives)["hypervolume"].tolist()
     assert volumes == sorted(volumes)
     assert (volumes or [0.0])[-1] == hypervolume(*scaled(frame, objectives))
+
+
+@pytest.mark.parametrize(("columns", "ball"), [(2, np.pi / 4), (3, np.pi / 6)])
+def test_hypervolume_of_a_thousand_points_on_a_sphere_nears_that_of_the_ball(columns, ball):
+    points = np.abs(np.random.default_rng(0).normal(size=(1000, columns)))
+    points = 1 - points / np.linalg.norm(points, axis=1, keepdims=True)
+    assert ball - 0.05 < hypervolume(points, np.ones(columns)) < ball
