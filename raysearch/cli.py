@@ -75,6 +75,8 @@ def _sweep_options(*names: str) -> Callable[[Any], Any]:
             kind = next((t for t in get_args(annotated) if t is not type(None)), annotated)
             flag = f"--{f.name.replace('_', '-')}"
             shown = f.default is not None and kind is not bool
+            if f.name == "max_relative_bops":  # percent on the command line, as in every table
+                kind, text = click.FloatRange(0, 100), "never train one over this % of the 32x32-bit BOPs"
             command = click.option(
                 flag, type=kind, is_flag=kind is bool, default=f.default, show_default=shown, help=text
             )(command)
@@ -104,7 +106,7 @@ def _sweep(options: dict[str, Any]) -> Sweep:
     for name, value in options.items():
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given or name not in tree:
-            tree[name] = value
+            tree[name] = value / 100 if given and name == "max_relative_bops" else value
     if isinstance(tree.setdefault("settings", {}), dict):
         tree["settings"] = {**tree["settings"], **settings}
     if objectives is not None:

@@ -328,6 +328,7 @@ def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: W
     try:
         if ledger.interrupted or ledger.started < resolved.sweep.trials:
             _tune(folder, resolved, capacity, ledger, book)
+        write_json(folder.end, {"ended_at": facts.now(), "trials": ledger.started, "refused": ledger.refused})
         mirror_wait_s = MIRROR_WAIT_S
     finally:
         watcher.closed()

@@ -27,7 +27,7 @@ def overview(path: Path, *, busy: bool) -> str:
     for line in read_lines(result.folder.epochs):
         if line["trial"] not in ended:
             running[line["trial"]] = line["epoch"]
-    state = "running" if busy else "finished" if len(ended) >= trials else "interrupted"
+    state = "running" if busy else "finished" if _is_over(result, len(ended)) else "interrupted"
     lines = [
         f"{result.name}: {state}",
         f"  {counts['complete']}/{trials} done, {counts['pruned']} pruned, {counts['failed']} failed",
@@ -35,12 +35,19 @@ def overview(path: Path, *, busy: bool) -> str:
     epochs = result.description["sweep"]["epochs"]
     lines += [f"  trial {trial}: epoch {epoch}/{epochs}" for trial, epoch in sorted(running.items())]
     lines += [f"  trial {row['trial']} {row['status']}: {row['reason']}" for row in rows if row["status"] == "failed"]
+    if state == "finished" and len(ended) < trials:
+        lines.append(f"  the space and its limits leave {len(ended)} configurations; all were tried")
     if counts["complete"]:
         front = result.front()
         lines += [f"  front: {size_of(front)}", "", front.table()]
     if state == "interrupted":
         lines += ["", f"go on with: raysearch resume {path}"]
     return "\n".join(lines)
+
+
+def _is_over(result: Result, ended: int) -> bool:
+    """Whether all trials have ended, or there were no more to try."""
+    return ended >= result.description["trials"] or result.folder.end.exists()
 
 
 def size_of(front: "Front", where: str = "") -> str:

@@ -7,6 +7,7 @@
     RUN/study.db        the Optuna study
     RUN/trials/00007/   checkpoint of a trial
     RUN/starts/         float networks that trials start from
+    RUN/end.json        made when the sweep has ended by itself
     RUN/mlflow.db       the MLflow mirror, unless it lives elsewhere
 
 A line counts when it ends in a newline. A process may be killed while it writes one: the torn end is not read, and cut
@@ -60,6 +61,11 @@ class RunFolder:
     def starts(self) -> Path:
         """Float networks."""
         return self.path / "starts"
+
+    @property
+    def end(self) -> Path:
+        """Made when a sweep has ended by itself; it may have fewer trials than asked for, if its space has no more."""
+        return self.path / "end.json"
 
     @property
     def lock(self) -> Path:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+atexit.register(gc.unfreeze)  # extension modules count what is left when Python ends
+
 Job = dict[str, Any]
 Message = dict[str, Any]
 ERROR = "error.txt"
@@ -41,7 +43,6 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # extension modules count what is left at the end
 
 
 def messages(job: Job) -> Iterator[Message]:
