@@ -232,21 +232,6 @@ def test_a_sweep_whose_trials_all_fail_says_so_with_exit_code_1(
     assert [row["status"] for row in lines(run / "records.jsonl")] == ["failed"] * 2
 
 
-def test_a_terminated_sweep_on_a_ray_of_ones_own_is_resumed_in_the_same_process(cluster: Path, tmp_path: Path) -> None:
-    class Terminating(Watcher):
-        def event(self, book: Book) -> None:
-            if 1 in book.live and book.live[1].history:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    asked = question(3, {}, workers=2, mlflow_uri=DEAD)
-    with pytest.raises(KeyboardInterrupt):
-        raysearch.run(asked, tmp_path / "run", watcher=Terminating())
-    assert len(lines(tmp_path / "run/records.jsonl")) == 1
-    result = raysearch.resume(tmp_path / "run")
-    check_books(result, 3)
-    assert set(ends(result).values()) == {("complete", None)}
-
-
 DEAD = "http://127.0.0.1:9"
 """Nobody listens there."""
 TRIALS = 9
