@@ -101,7 +101,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     weights = _part(tensors, "model/") or tensors
     wanted = model.state_dict()
     faults = [f"lacks {name}" for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
-    faults += [f"has {name}, which the model lacks" for name in weights if name not in wanted]
+    faults += [f"has {name}, which the model lacks" for name in sorted(weights) if name not in wanted]
     faults += [
         f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
         for name, value in wanted.items()

@@ -383,16 +383,6 @@ def test_only_our_own_lines_are_on_the_terminal_and_data_alone_on_stdout(life: L
         assert [line for line in ended.err.splitlines() if not re.fullmatch(ours.replace("\n", ""), line)] == []
 
 
-def test_what_was_trained_is_not_trained_again_by_the_next_driver(life: Life) -> None:
-    for ended in (life.interrupted, life.killed):
-        assert ended.open
-        for trial, epoch in ended.open.items():
-            before, *later = pids(life.diary, UNIFORM[trial]).values()
-            assert before[0] == 1
-            assert later
-            assert min(map(min, later)) > epoch
-
-
 def test_after_an_interruption_and_a_kill_the_books_agree(life: Life) -> None:
     assert life.killed.code == -signal.SIGKILL
     assert life.killed.records >= 4
