@@ -137,6 +137,7 @@ class LiveProgress(Watcher):
 
     def _view(self, book: "Book", elapsed_s: float) -> "RenderableType":
         from rich.console import Group
+        from rich.padding import Padding
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -144,7 +145,7 @@ class LiveProgress(Watcher):
         ended = sum(book.counts.values())
         lines: list[RenderableType] = [
             Text(self._title, style="bold"),
-            ProgressBar(total=book.sweep.trials, completed=ended, width=60),
+            Padding(ProgressBar(total=book.sweep.trials, completed=ended, width=60), 0),  # ends its line
             Text(f"{counts(book)} | {clock(elapsed_s)} gone, {clock(seconds_left(book, elapsed_s))} left"),
         ]
         for number, live in sorted(book.live.items()):
