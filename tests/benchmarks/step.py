@@ -62,6 +62,7 @@ def quantized_step(
     def step() -> None:
         quantize.use_compiled(compiled == "quantizers")
         inner()
+        instance.after_step(model)
 
     return step
 
