@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file each, written atomically, readable without running anybody's code.
 
-Tensors are named `model/...`, `optimizer/INDEX/KEY` and `rng/...`; everything else is JSON in the header.
+Tensors are named `model/...`, `optimizer/NUMBER/INDEX/KEY` and `rng/...`; everything else is JSON in the header.
 """
 
 import json
@@ -19,19 +19,21 @@ from trainables.errors import ConfigError
 FILE = "checkpoint.safetensors"
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **state: Any) -> None:
+def save(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer, **state: Any) -> None:
     """Write a checkpoint over `path` in one atomic step.
 
     Args:
         path: file to write; its folder is made.
         model: its whole state dict is stored.
-        optimizer: its tensors are stored (its hyperparameters belong to the configuration).
+        optimizers: their tensors are stored (their hyperparameters belong to the configuration), and the states of the
+            random number generators with them.
         state: anything JSON can hold.
     """
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    if optimizer is not None:
+    for number, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in values.items()}
+            tensors |= {f"optimizer/{number}/{index}/{key}": torch.as_tensor(value) for key, value in values.items()}
+    if optimizers:
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -67,16 +69,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ConfigError(f"cannot read checkpoint {path}: {error}") from error
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put model, optimizer and random number generators back as they were saved; the JSON state is returned."""
+def restore(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put model, optimizers and random number generators back as they were saved; the JSON state is returned."""
     tensors, state = read(path)
     model.load_state_dict(_part(tensors, "model/"))
-    values: dict[int, dict[str, Tensor]] = {}
-    for name, value in _part(tensors, "optimizer/").items():
-        index, key = name.split("/", 1)
-        values.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
-    _lay_out_like_parameters(optimizer)
+    for number, optimizer in enumerate(optimizers):
+        values: dict[int, dict[str, Tensor]] = {}
+        for name, value in _part(tensors, f"optimizer/{number}/").items():
+            index, key = name.split("/", 1)
+            values.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+        _lay_out_like_parameters(optimizer)
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])

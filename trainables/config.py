@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model, with_config
 
 from trainables import plugins
-from trainables.cost import INPUT_BITS, Layer, LayerBits, LayerTable
+from trainables.cost import FLOAT_BITS, INPUT_BITS, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -38,10 +38,17 @@ class Optimizer:
     lr: Annotated[float, Field(gt=0, le=100, description="peak learning rate")] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd, beta1 of adam")] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1, description="weight decay")] = 1e-4
-    schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="decay to 0 over the trial")] = (
-        "cosine"
-    )
+    nesterov: Annotated[bool, Field(description="Nesterov's momentum, of sgd")] = False
+    schedule: Annotated[
+        Literal["cosine", "linear", "steps", "constant"], Field(description="how the learning rate decays")
+    ] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps with rising learning rate")] = 0.0
+    hold: Annotated[float, Field(ge=0, lt=1, description="share of the steps before cosine or linear decay")] = 0.0
+    milestones: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        Field(description="shares of the steps after which the schedule 'steps' takes a tenth"),
+    ] = (0.5, 0.75)
+    finetune_factor: Annotated[float, Field(gt=0, le=1, description="times all rates once widths are fixed")] = 0.1
 
 
 @with_config(_STRICT)
@@ -50,6 +57,9 @@ class Training:
     """How long and on what."""
 
     epochs: Annotated[int, Field(ge=1, le=100_000, description="epochs of a trial")] = 3
+    finetune_epochs: Annotated[
+        int, Field(ge=0, le=100_000, description="how many of them, the last ones, keep the learned widths fixed")
+    ] = 0
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="examples of a step, over all workers")] = 64
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="label smoothing")] = 0.0
     compile: Annotated[Literal["off", "quantizers", "model"], Field(description="what torch.compile compiles")] = "off"
@@ -92,6 +102,11 @@ class TrialConfig:
     bits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seed: int = 0
 
+    @property
+    def search_epochs(self) -> int:
+        """Epochs before the widths are fixed; all of them for methods that do not learn widths."""
+        return self.training.epochs - self.training.finetune_epochs
+
     def tree(self) -> Tree:
         """The JSON form; `parse(config.tree()) == config`."""
         tree: Tree = {}
@@ -100,7 +115,7 @@ class TrialConfig:
             if isinstance(value, Plugin):
                 tree[part.name] = {"name": value.name, **value.settings}
             elif is_dataclass(value) and not isinstance(value, type):
-                tree[part.name] = asdict(value)
+                tree[part.name] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
             elif isinstance(value, Mapping):
                 tree[part.name] = {name: dict(widths) for name, widths in value.items()}
             else:
@@ -258,8 +273,11 @@ def _bits(tree: Any, faults: list[str]) -> dict[str, dict[str, int]]:
 def resolve_bits(config: TrialConfig, table: LayerTable) -> dict[str, LayerBits]:
     """Widths of every quantizable layer: as given by name or pattern, else 8 bits at the ends and 4 between them.
 
+    Widths that the method decides itself are 32 here.
+
     Raises:
-        ConfigError: a layer that the model does not have, or a width that the method does not take; all faults at once.
+        ConfigError: a layer that the model does not have, a width that the method does not take, or settings that do
+            not fit together; all faults at once.
     """
     if config.method.name == "float":
         if config.bits:
@@ -282,10 +300,22 @@ def resolve_bits(config: TrialConfig, table: LayerTable) -> dict[str, LayerBits]
     ]
     bits = {}
     for layer in table.quantizable:
-        weight = _width(config.bits, layer, "weight")
-        activation = INPUT_BITS if layer.first else _width(config.bits, layer, "activation")
-        bits[layer.name] = LayerBits(weight=weight, activation=activation)
+        weight = _width(config.bits, layer, "weight") if "weight" in method.given_bits else FLOAT_BITS
+        activation = _width(config.bits, layer, "activation") if "activation" in method.given_bits else FLOAT_BITS
+        bits[layer.name] = LayerBits(weight=weight, activation=INPUT_BITS if layer.first else activation)
         faults += _width_faults(config, layer, bits[layer.name], method)
+    faults += _role_faults(config, method)
+    if config.training.finetune_epochs and not method.learns_bits:
+        faults.append(
+            f"training/finetune_epochs = {config.training.finetune_epochs}: method {config.method.name!r} learns no "
+            "widths that could be fixed; leave it at 0"
+        )
+    elif config.search_epochs < 1:
+        faults.append(
+            f"training/finetune_epochs = {config.training.finetune_epochs}: fewer than training/epochs = "
+            f"{config.training.epochs} are needed, or no width is learned"
+        )
+    faults += method.faults(config, table)
     if faults:
         raise ConfigError("; ".join(faults))
     return bits
@@ -302,16 +332,26 @@ def _width(bits: Mapping[str, Mapping[str, int]], layer: Layer, role: str) -> in
     return bits[max(patterns, key=lambda name: (len(name), name))][role] if patterns else DEFAULT_BITS
 
 
+def _role_faults(config: TrialConfig, method: Any) -> Iterable[str]:
+    for name, widths in config.bits.items():
+        for role in widths:
+            if role not in method.given_bits:
+                how = "learns" if method.learns_bits else "has settings for"
+                yield f"bits/{name}/{role}: method {config.method.name!r} {how} its {role} bits; leave it out"
+
+
 def _width_faults(config: TrialConfig, layer: Layer, width: LayerBits, method: Any) -> Iterable[str]:
     name = config.method.name
     allowed = f"{method.weight_bits.start}..{method.weight_bits.stop - 1}"
-    if width.weight not in method.weight_bits:
+    if "weight" in method.given_bits and width.weight not in method.weight_bits:
         yield f"bits/{layer.name}/weight = {width.weight}: method {name!r} takes {allowed}{_one_bit(width.weight)}"
     given = config.bits.get(layer.name, {}).get("activation", INPUT_BITS)
     if layer.first and given != INPUT_BITS:
         yield f"bits/{layer.name}/activation = {given}: the network's input has {INPUT_BITS} bits"
     lowest = max(method.activation_bits.start, 2 if layer.signed else 1)
-    if not layer.first and not lowest <= width.activation < method.activation_bits.stop:
+    if layer.first or "activation" not in method.given_bits:
+        return
+    if not lowest <= width.activation < method.activation_bits.stop:
         allowed = f"{lowest}..{method.activation_bits.stop - 1}"
         why = " where the layer reads negative values" if lowest > method.activation_bits.start else ""
         yield f"bits/{layer.name}/activation = {width.activation}: method {name!r} takes {allowed}{why}"

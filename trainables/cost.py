@@ -3,11 +3,13 @@
 BOPs (bit operations) of one input: the sum over layers of `macs x weight_bits x activation_bits`. A layer's activation
 bits are those of the tensor it reads. The network's input has 8 bits: pixels are 8-bit codes. A layer without bits (not
 quantized) counts 32 x 32, as do products of two activations (attention). Relative BOPs divide by `macs x 32 x 32` of
-the whole table. Batch norm, biases, additions and pooling cost no BOPs.
+the whole table. Batch norm, biases, additions and pooling cost no BOPs. Where channels are pruned, a layer counts the
+share of its output channels that is left, times the share of the channels that it reads.
 
 Size is the number of bytes as exported: the codes of each layer packed to its weight bits, four bytes for each scale
 and each bias, eight for each channel of batch norm (a scale and a shift, once the running statistics are folded in)
-and four for each other parameter. Other conventions in use, and how they differ: README, "BOPs and size".
+and four for each other parameter. The weights of a pruned output channel are not stored, but one bit for each channel
+of such a layer, which says whether it is there. Other conventions in use, and how they differ: README, "BOPs and size".
 """
 
 from collections.abc import Mapping
@@ -26,6 +28,9 @@ class LayerBits:
 
 
 Bits = Mapping[str, LayerBits]
+Shares = Mapping[str, float]
+"""Share of a layer's channels that pruning has left, 0..1; a layer without keeps all of them."""
+NONE_PRUNED: Shares = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +90,16 @@ class LayerTable:
         return next(layer for layer in self.layers if layer.name == name)
 
 
-def bops(table: LayerTable, bits: Bits) -> int:
-    """Bit operations of one input.
+def bops(
+    table: LayerTable, bits: Bits, *, output_share: Shares = NONE_PRUNED, input_share: Shares = NONE_PRUNED
+) -> int:
+    """Bit operations of one input, rounded to an integer where channels are pruned.
+
+    Args:
+        table: the layer table.
+        bits: widths; a layer without counts 32 x 32.
+        output_share: share of a layer's output channels that is left.
+        input_share: share of the channels that a layer reads that is left.
 
     >>> table = LayerTable(layers=(Layer(name="fc", kind="linear", macs=50, weights=50, biases=5, channels=5),))
     >>> bops(table, {"fc": LayerBits(weight=2, activation=4)}), bops(table, {})
@@ -95,7 +108,9 @@ def bops(table: LayerTable, bits: Bits) -> int:
     total = 0
     for layer in table.layers:
         width = bits.get(layer.name)
-        total += layer.macs * (FLOAT_BITS**2 if width is None else width.weight * width.activation)
+        product = FLOAT_BITS**2 if width is None else width.weight * width.activation
+        left = output_share.get(layer.name, 1) * input_share.get(layer.name, 1)
+        total += layer.macs * product if left == 1 else round(layer.macs * product * left)
     return total
 
 
@@ -104,7 +119,9 @@ def relative_bops(table: LayerTable, bits: Bits) -> float:
     return bops(table, bits) / (table.macs * FLOAT_BITS**2)
 
 
-def size_bytes(table: LayerTable, bits: Bits, *, extra_floats: int | None = None) -> int:
+def size_bytes(
+    table: LayerTable, bits: Bits, *, extra_floats: int | None = None, output_share: Shares = NONE_PRUNED
+) -> int:
     """Bytes of the network as exported.
 
     Args:
@@ -112,13 +129,16 @@ def size_bytes(table: LayerTable, bits: Bits, *, extra_floats: int | None = None
         bits: widths; a layer without is stored as float.
         extra_floats: scales, clip levels and the like that the method stores; by default one scale for each quantized
             weight tensor and one for each quantized activation (the network's input needs none).
+        output_share: share of a layer's output channels that is left.
     """
     total = 8 * table.norm_channels + 4 * table.other_parameters
     scales = 0
     for layer in table.layers:
         width = bits.get(layer.name)
         weight_bits = FLOAT_BITS if width is None else width.weight
-        total += (layer.weights * weight_bits + 7) // 8 + 4 * layer.biases
+        left = output_share.get(layer.name, 1)
+        total += (round(layer.weights * left) * weight_bits + 7) // 8 + 4 * layer.biases
+        total += (layer.channels + 7) // 8 if left < 1 else 0
         if width is not None:
             scales += 1 + (not layer.first)
     return total + 4 * (scales if extra_floats is None else extra_floats)

@@ -20,10 +20,11 @@ from torch.nn import functional
 from trainables import checkpoint, plugins, quantize, world
 from trainables.build import build_model, load_data
 from trainables.config import TrialConfig, resolve_bits
-from trainables.cost import LayerTable, bops, relative_bops, size_bytes
+from trainables.cost import FLOAT_BITS, LayerTable, bops, size_bytes
 from trainables.errors import ConfigError, DivergedError
 from trainables.layers import trace
 from trainables.method import Method, Point
+from trainables.optimizers import Optimizers
 from trainables.splits import Split
 
 EVALUATION_BATCH = 512
@@ -114,20 +115,13 @@ class Session:
     def _method(self) -> Method:
         found = plugins.attribute("methods", self.config.method.name, "Method")
         smoothing = self.config.training.label_smoothing
-        return found(found.Settings(**self.config.method.settings), label_smoothing=smoothing)
+        settings = found.Settings(**self.config.method.settings)
+        return found(settings, label_smoothing=smoothing, epochs=self.config.search_epochs)
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimizer over the method's parameter groups."""
-        settings = self.config.optimizer
-        groups = [dict(group) for group in self.method.groups(self.model)]
-        for group in groups:
-            group.setdefault("lr_factor", 1.0)
-            group["initial_lr"] = settings.lr * group["lr_factor"]
-            group["lr"] = group["initial_lr"]
-        if settings.name == "sgd":
-            return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-        return kind(groups, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay, fused=True)
+    def optimizers(self, *, finetuning: bool = False) -> Optimizers:
+        """Fresh optimizers over the method's parameter groups."""
+        factor = self.config.optimizer.finetune_factor if finetuning else 1.0
+        return Optimizers(self.method.groups(self.model), self.config.optimizer, lr_factor=factor)
 
     def calibrate(self) -> None:
         """Let the method set its scales from the first training batch."""
@@ -157,14 +151,17 @@ class Session:
 
     def _measured(self, point: Point, split: Split) -> PointReport:
         point.activate()
+        operations = bops(self.table, point.bits, output_share=point.output_share, input_share=point.input_share)
         accuracy, loss = evaluate(self.forward, split, self.device)
         return PointReport(
             label=point.label,
             accuracy=accuracy,
             loss=loss,
-            bops=bops(self.table, point.bits),
-            relative_bops=relative_bops(self.table, point.bits),
-            size_bytes=size_bytes(self.table, point.bits, extra_floats=point.extra_floats),
+            bops=operations,
+            relative_bops=operations / (self.table.macs * FLOAT_BITS**2),
+            size_bytes=size_bytes(
+                self.table, point.bits, extra_floats=point.extra_floats, output_share=point.output_share
+            ),
             bits={name: [width.weight, width.activation] for name, width in point.bits.items()},
         )
 
@@ -191,27 +188,34 @@ def fit(
         DivergedError: the loss is no longer finite.
     """
     session = Session(config, data_root=data_root, start=start, device=device)
-    optimizer = session.optimizer()
     path = None if folder is None else folder / checkpoint.FILE
     done = 0
     if path is not None and path.exists():
-        state = checkpoint.restore(path, session.model, optimizer)
+        _, state = checkpoint.read(path)
         if state["config"] != config.tree():
             raise ConfigError(
                 f"{path} is of another configuration: take another folder, or the settings it was made with"
             )
         done = state["epoch"]
+        if done > config.search_epochs:
+            session.method.freeze(session.model)
+        optimizers = session.optimizers(finetuning=done > config.search_epochs)
+        checkpoint.restore(path, session.model, *optimizers.parts)
         yield Report.from_json(state["report"])
     else:
         session.calibrate()
+        optimizers = session.optimizers()
     first_step_at = 0.0
     for epoch in range(done + 1, config.training.epochs + 1):
         began = time.perf_counter()
         first_step_at = first_step_at or time.time()
-        train_loss = _train(session, optimizer, epoch)
+        if epoch == config.search_epochs + 1:
+            session.method.freeze(session.model)
+            optimizers = session.optimizers(finetuning=True)
+        train_loss = _train(session, optimizers, epoch)
         world.average(b for name, b in session.model.named_buffers() if "running_" in name)
-        if session.method.after_epoch(session.model, epoch):
-            optimizer = session.optimizer()
+        if epoch <= config.search_epochs and session.method.after_epoch(session.model, epoch):
+            optimizers = session.optimizers()
         points = session.measure(session.data.validation)
         report = Report(
             epoch=epoch,
@@ -222,46 +226,58 @@ def fit(
             points=points,
         )
         if path is not None and world.rank() == 0:
-            checkpoint.save(path, session.model, optimizer, epoch=epoch, report=report.to_json(), config=config.tree())
+            checkpoint.save(
+                path, session.model, *optimizers.parts, epoch=epoch, report=report.to_json(), config=config.tree()
+            )
         yield report
 
 
-def _train(session: Session, optimizer: torch.optim.Optimizer, epoch: int) -> float:
-    """One epoch of steps; the mean loss, over all ranks."""
-    steps = session.steps_per_epoch()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def training_step(
+    method: Method, model: nn.Module, forward: nn.Module, images: Tensor, labels: Tensor, optimizers: Optimizers
+) -> Tensor:
+    """One training step, or one for each loss if the method says so; the sum of its losses, detached.
+
+    Args:
+        method: of the trial.
+        model: what is trained.
+        forward: `model`, or its compiled twin.
+        images, labels: this rank's share of the batch.
+        optimizers: of the trial.
+    """
+
+    def update() -> None:
+        world.average(p.grad for p in optimizers.parameters() if p.grad is not None)
+        optimizers.step()
+        method.after_step(model)
+
+    total = torch.zeros((), device=images.device)
+    optimizers.zero_grad()
+    for loss in method.losses(forward, images, labels):
+        loss.backward()
+        total += loss.detach()
+        if method.step_each_loss:
+            update()
+            optimizers.zero_grad()
+    if not method.step_each_loss:
+        update()
+    return total
+
+
+def _train(session: Session, optimizers: Optimizers, epoch: int) -> float:
+    """One epoch of steps; the mean loss, over all ranks. Both phases of a trial have a schedule of their own."""
+    steps, config = session.steps_per_epoch(), session.config
+    first, epochs = 1, config.search_epochs
+    if epoch > config.search_epochs:
+        first, epochs = config.search_epochs + 1, config.training.finetune_epochs
     session.model.train()
     total = torch.zeros((), device=session.device)
     for step, (images, labels) in enumerate(session.batches(epoch)):
-        factor = learning_rate_factor(
-            session.config, (epoch - 1) * steps + step, session.config.training.epochs * steps
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        optimizer.zero_grad(set_to_none=True)
-        for loss in session.method.losses(session.forward, images, labels):
-            loss.backward()
-            total += loss.detach()
-        world.average(p.grad for p in parameters if p.grad is not None)
-        optimizer.step()
-        session.method.after_step(session.model)
+        optimizers.set_rates((epoch - first) * steps + step, epochs * steps)
+        total += training_step(session.method, session.model, session.forward, images, labels, optimizers)
     mean = float(world.mean(total)) / steps
     if not math.isfinite(mean):
-        raise DivergedError(f"loss is {mean} after epoch {epoch} (optimizer/lr = {session.config.optimizer.lr:g})")
+        raise DivergedError(f"loss is {mean} after epoch {epoch} (optimizer/lr = {config.optimizer.lr:g})")
     return mean
-
-
-def learning_rate_factor(config: TrialConfig, step: int, steps: int) -> float:
-    """What the peak learning rate is multiplied by at `step` of `steps`: a linear rise, then the schedule's decay."""
-    warmup = round(config.optimizer.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    return {
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": 1 - progress,
-        "constant": 1.0,
-    }[config.optimizer.schedule]
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@
 | `groups` | parameter groups by role: weights, scales, clip levels, gates |
 | `losses` | a generator of losses; the loop calls backward on each, then makes one step |
 | `after_step`, `after_epoch` | changes the model between steps, between epochs |
-| `freeze` | ends the search phase: widths are fixed from here |
+| `freeze` | ends the search phase of a method that learns its widths: they are fixed from here |
+| `faults` | says what is wrong with a configuration beyond the types of its settings |
 | `points` | the operating points to evaluate: one for most methods, one per width for switchable networks |
 
 A method is a file in `trainables/methods` with a class `Method` that derives from this one and a frozen dataclass
@@ -14,14 +15,17 @@ A method is a file in `trainables/methods` with a class `Method` that derives fr
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables import modules
-from trainables.cost import INPUT_BITS, Bits, Layer, LayerBits, LayerTable
+from trainables.cost import INPUT_BITS, Bits, Layer, LayerBits, LayerTable, Shares
+
+if TYPE_CHECKING:
+    from trainables.config import TrialConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +36,54 @@ class Point:
         label: `final` for methods with one point, else what tells the points apart (`4-bit`).
         bits: widths by layer; a layer without is float.
         activate: switches the model to this point.
+        output_share: share of a layer's output channels that pruning has left; a layer without keeps all.
+        input_share: share of the channels that a layer reads that pruning has left.
         extra_floats: scales and the like that the point stores (None: the convention of `cost.size_bytes`).
     """
 
     label: str
     bits: Bits
     activate: Callable[[], None] = lambda: None
+    output_share: Shares = field(default_factory=dict)
+    input_share: Shares = field(default_factory=dict)
     extra_floats: int | None = None
 
 
 class Method:
-    """Base of all methods; see the module's table of hooks."""
+    """Base of all methods; see the module's table of hooks.
+
+    Attributes:
+        weight_bits: widths that a person may give a layer's weights.
+        activation_bits: widths that a person may give the activations that a layer reads.
+        given_bits: which of the two can be given at all; `prepare` gets 32 for the others.
+        learns_bits: whether widths come out of training, so that a trial's cost is unknown before it.
+        step_each_loss: whether the optimizer steps after each of the `losses`, not once after all of them.
+        settings: an instance of `Settings`.
+        epochs: of the search phase; `after_epoch` is called once for each.
+    """
 
     weight_bits: ClassVar[range] = range(2, 9)
     activation_bits: ClassVar[range] = range(2, 9)
+    given_bits: ClassVar[frozenset[str]] = frozenset({"weight", "activation"})
+    learns_bits: ClassVar[bool] = False
+    step_each_loss: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Settings:
         """No settings."""
 
-    def __init__(self, settings: Any, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, settings: Any, *, label_smoothing: float = 0.0, epochs: int = 1) -> None:
         self.settings = settings
         self.label_smoothing = label_smoothing
+        self.epochs = epochs
+
+    @classmethod
+    def faults(cls, config: "TrialConfig", table: LayerTable) -> Iterator[str]:
+        """What is wrong with a configuration of this method, each fault with its address; by default nothing.
+
+        Called before anything is trained. `config.method.settings` has passed the types of `Settings` already.
+        """
+        yield from ()
 
     def prepare(self, model: nn.Module, table: LayerTable, bits: Bits) -> None:
         """Make `model` trainable at `bits`, in place. By default every layer gets the two quantizers of the method."""
@@ -75,7 +105,7 @@ class Method:
         modules.calibrate(model, images)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups; `lr_factor` multiplies the learning rate, other keys go to the optimizer."""
+        """Parameter groups, with the keys that `optimizers.Optimizers` documents."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
@@ -86,11 +116,14 @@ class Method:
         """What follows each optimizer step; by default nothing."""
 
     def after_epoch(self, model: nn.Module, epoch: int) -> bool:
-        """What follows each epoch (1, 2, ...); True when the optimizer must be rebuilt."""
+        """What follows each epoch of the search phase (1, 2, ...); True when the optimizer must be rebuilt."""
         return False
 
     def freeze(self, model: nn.Module) -> None:
-        """End the search phase; by default there is none."""
+        """End the search phase: from here the widths are fixed. By default there is none.
+
+        A resumed trial calls it on a freshly prepared model, too, and loads the values afterwards.
+        """
 
     def points(self, model: nn.Module) -> list[Point]:
         """Operating points of the model as it stands; by default one, with the widths of its quantizers."""

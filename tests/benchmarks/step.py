@@ -1,6 +1,7 @@
 """Price of one training step: quantized over plain eager float, same network, same run, one thread, CPU time.
 
-    python -m tests.benchmarks.step [--rounds 30] [--methods lsq,pact,dorefa] [--layout contiguous]
+    python -m tests.benchmarks.step [--rounds 30] [--methods lsq,pact,dorefa] [--networks lenet5,resnet20]
+        [--bits 2,4,8] [--set method/ADDRESS=VALUE ...] [--layout contiguous]
 
 All variants take turns within each round, so a busy machine slows them alike. The table gives medians of CPU time and
 two ratios: to the plain float step, and to the float step in the memory layout of the quantized ones. That is channels
@@ -10,9 +11,11 @@ layout, joins when it is installed (`pip install ".[benchmarks]"`).
 
 import argparse
 import importlib.util
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +23,20 @@ from torch.nn import functional
 
 from trainables import plugins, quantize
 from trainables.build import build_model
-from trainables.config import parse
-from trainables.cost import LayerTable, uniform
+from trainables.config import merged, parse, resolve_bits
+from trainables.cost import LayerTable
+from trainables.fit import training_step
 from trainables.layers import trace
+from trainables.optimizers import Optimizers
 
-NETWORKS = {"lenet5": ((1, 28, 28), 128, "mnist"), "resnet20": ((3, 32, 32), 32, "cifar10")}
-Step = Callable[[], None]
+NETWORKS = {
+    "lenet5": ((1, 28, 28), 128, "mnist"),
+    "resnet20": ((3, 32, 32), 32, "cifar10"),
+    "vgg7": ((3, 32, 32), 32, "cifar10"),
+    "resnet18": ((3, 64, 64), 8, "imagenet"),
+}
+"""Input shape, batch size, and a data set with such images; the images here are noise."""
+Step = Callable[[], object]
 
 
 def float_network(name: str) -> tuple[nn.Module, LayerTable]:
@@ -35,8 +46,8 @@ def float_network(name: str) -> tuple[nn.Module, LayerTable]:
     return model, trace(model, shape)
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """Forward, loss, backward and update, as the training loop does them."""
+def training_step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    """Forward, loss, backward and update of an ordinary network."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def step() -> None:
@@ -48,21 +59,24 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
 
 
 def quantized_step(
-    name: str, method: str, bits: int, compiled: str, images: Tensor, labels: Tensor, layout: torch.memory_format
+    name: str, options: Mapping[str, Any], compiled: str, images: Tensor, labels: Tensor, layout: torch.memory_format
 ) -> Step:
-    """The step of a method at uniform `bits`, first and last layer at 8."""
+    """The training loop's step of a method; `options` are values by address, of the method and its bits."""
+    data = NETWORKS[name][2]
+    config = parse(merged({"model": name, "data": data, "optimizer": {"lr": 0.01}}, options))
     model, table = float_network(name)
-    plugin = plugins.attribute("methods", method, "Method")
-    instance = plugin(plugin.Settings())
-    instance.prepare(model, table, uniform(table, bits, bits))
+    plugin = plugins.attribute("methods", config.method.name, "Method")
+    method = plugin(plugin.Settings(**config.method.settings))
+    method.prepare(model, table, resolve_bits(config, table))
     model.to(memory_format=layout)
-    instance.calibrate(model, images)
-    inner = training_step(torch.compile(model) if compiled == "model" else model, images, labels)
+    method.calibrate(model, images)
+    model.train()
+    optimizers = Optimizers(method.groups(model), config.optimizer)
+    forward = torch.compile(model) if compiled == "model" else model
 
     def step() -> None:
         quantize.use_compiled(compiled == "quantizers")
-        inner()
-        instance.after_step(model)
+        training_step(method, model, forward, images, labels, optimizers)
 
     return step
 
@@ -97,10 +111,10 @@ def brevitas_step(name: str, bits: int, images: Tensor, labels: Tensor) -> Step:
         else:
             new = brevitas_nn.QuantLinear(layer.in_features, layer.out_features, **options)
         model.set_submodule(row.name, new)
-    return training_step(model, images, labels)
+    return training_step_of(model, images, labels)
 
 
-def variants(name: str, methods: list[str], layout: torch.memory_format) -> dict[str, Step]:
+def variants(name: str, arguments: argparse.Namespace, layout: torch.memory_format) -> dict[str, Step]:
     """All steps to compare on one network; the first two are the references of the two ratios."""
     shape, batch, _ = NETWORKS[name]
     generator = torch.Generator().manual_seed(0)
@@ -109,15 +123,22 @@ def variants(name: str, methods: list[str], layout: torch.memory_format) -> dict
     labels = torch.randint(0, 10, (batch,), generator=generator)
     same_layout = float_network(name)[0].to(memory_format=layout)
     steps = {
-        "float, eager, plain": training_step(float_network(name)[0], plain, labels),
-        "float, eager, same layout": training_step(same_layout, images, labels),
+        "float, eager, plain": training_step_of(float_network(name)[0], plain, labels),
+        "float, eager, same layout": training_step_of(same_layout, images, labels),
     }
-    for method in methods:
-        for bits in (2, 4, 8):
+    given = dict(text.split("=", 1) for text in arguments.set)
+    settings = {address: json.loads(value) for address, value in given.items()}
+    for method in arguments.methods.split(","):
+        roles = plugins.attribute("methods", method, "Method").given_bits
+        for bits in [int(text) for text in arguments.bits.split(",")] if roles else [0]:
+            widths = {f"bits/*/{role}": bits for role in roles}
+            options = {"method": method, **widths, **settings}
             for compiled in ("off", "quantizers"):
-                label = f"{method} {bits} bits, {'eager' if compiled == 'off' else 'compiled quantizers'}"
-                steps[label] = quantized_step(name, method, bits, compiled, images, labels, layout)
-    steps[f"{methods[0]} 4 bits, compiled model"] = quantized_step(name, methods[0], 4, "model", images, labels, layout)
+                label = f"{method}{f' {bits} bits' if roles else ''}, {'eager' if compiled == 'off' else 'compiled'}"
+                steps[label] = quantized_step(name, options, compiled, images, labels, layout)
+    if arguments.compile_model:
+        label = f"{method}{f' {bits} bits' if roles else ''}, compiled model"
+        steps[label] = quantized_step(name, options, "model", images, labels, layout)
     if importlib.util.find_spec("brevitas"):
         steps["brevitas 4 bits, eager"] = brevitas_step(name, 4, plain, labels)
     return steps
@@ -141,12 +162,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--methods", default="lsq")
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--bits", default="2,4,8")
+    parser.add_argument("--set", nargs="*", default=[], metavar="ADDRESS=JSON")
+    parser.add_argument("--compile-model", action="store_true")
     parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     layout = torch.channels_last if arguments.layout == "channels_last" else torch.contiguous_format
     for name in arguments.networks.split(","):
-        times = measure(variants(name, arguments.methods.split(","), layout), arguments.rounds)
+        times = measure(variants(name, arguments, layout), arguments.rounds)
         medians = {label: statistics.median(values) for label, values in times.items()}
         plain, same = list(medians.values())[:2]
         print(

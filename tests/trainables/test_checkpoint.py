@@ -80,7 +80,7 @@ def test_a_restored_training_goes_on_bit_by_bit(tmp_path, name):
 
 def test_the_state_comes_back_as_json(tmp_path):
     state = {"epoch": 3, "report": {"loss": 0.1 + 0.2, "bits": {"conv1": [8, 8]}}, "text": "é\n", "none": None}
-    checkpoint.save(tmp_path / "x", network(), None, **state)
+    checkpoint.save(tmp_path / "x", network(), **state)
     assert checkpoint.read(tmp_path / "x")[1] == state
 
 
@@ -115,7 +115,7 @@ def test_the_file_is_plain_safetensors_with_prefixed_names(tmp_path):
 
 def test_saving_again_replaces_the_file_and_leaves_no_other(tmp_path):
     for epoch in (1, 2):
-        checkpoint.save(tmp_path / "x", network(epoch), None, epoch=epoch)
+        checkpoint.save(tmp_path / "x", network(epoch), epoch=epoch)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert checkpoint.read(tmp_path / "x")[1] == {"epoch": 2}
 
@@ -130,7 +130,7 @@ model = torch.nn.Linear(700, 700)
 for epoch in range(1_000_000):
     torch.nn.init.constant_(model.weight, float(epoch))
     torch.nn.init.constant_(model.bias, float(epoch))
-    checkpoint.save(Path({str(path)!r}), model, None, epoch=epoch)
+    checkpoint.save(Path({str(path)!r}), model, epoch=epoch)
 """
     process = subprocess.Popen([sys.executable, "-c", writer])
     try:
