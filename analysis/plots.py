@@ -1,13 +1,13 @@
-"""Pictures of fronts and of their growth, with matplotlib's figure objects: no window, no global state.
+"""Pictures of fronts, of their growth, and of a trial's widths: figure objects of matplotlib, no window, no state.
 
-Both functions write one file and return its path. Accuracy and BOPs are in per cent, sizes in KiB, costs on
+Each function writes one file and returns its path. Accuracy and BOPs are in per cent, sizes in KiB, costs on
 logarithmic axes: a point with a cost of 0 has no place there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -87,6 +87,52 @@ def plot_hypervolume(
     axes.set_xlabel("completed trials")
     axes.set_ylabel("hypervolume")
     _legend(figure, axes)
+    return _save(figure, path, title)
+
+
+def plot_bits(history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
+    """Draw the widths of a network's weights and activations, layer by layer, over the epochs of one trial.
+
+    Args:
+        history: epochs, each with `epoch` and `bits` (layer -> [weight bits, activation bits]); those without are left
+            out.
+        path: file to write; a PNG 1200 pixels wide, and higher the more layers there are.
+        title: stands above both panels.
+
+    Raises:
+        ValueError: no epoch has bits.
+    """
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines = [line for line in history if line.get("bits")]
+    if not lines:
+        raise ValueError("there are no bits to draw: the epochs hold none")
+    epochs, layers = [line["epoch"] for line in lines], list(lines[0]["bits"])
+    figure = Figure(figsize=(8, 1.6 + 0.22 * len(layers)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    bounds = [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 16.5, 32.5]
+    for axes, name, role in zip(panels, ("weights", "activations"), (0, 1), strict=True):
+        widths = np.array([[line["bits"][layer][role] for line in lines] for layer in layers])
+        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(layers) - 0.5, -0.5)
+        image = axes.imshow(
+            widths,
+            aspect="auto",
+            interpolation="nearest",
+            extent=extent,
+            norm=BoundaryNorm(bounds, 256),
+            cmap="viridis",
+        )
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for row, final in enumerate(widths[:, -1]):
+            axes.annotate(f"{final}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+    panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
+    bar = figure.colorbar(image, ax=panels, pad=0.06, ticks=[0, 1, 2, 3, 4, 5, 6, 7, 8, 12.5, 24.5])
+    bar.ax.set_yticklabels(["0", "1", "2", "3", "4", "5", "6", "7", "8", "9-16", "17-32"])
+    bar.set_label("bits")
     return _save(figure, path, title)
 
 

@@ -18,7 +18,7 @@ from analysis.front import Front
 from analysis.pareto import non_dominated
 from analysis.rows import OBJECTIVES
 from raysearch.ledger import Ledger, Proposal
-from raysearch.records import SCHEMA, Log, RunFolder
+from raysearch.records import SCHEMA, Log, RunFolder, complete_trials
 from trainables import checkpoint
 from trainables.cost import size_bytes
 
@@ -53,9 +53,9 @@ class Book:
         self.folder, self.ledger, self.facts, self._listener = folder, ledger, dict(facts), listener
         self.sweep = ledger.sweep
         self.live: dict[int, Live] = {}
-        self.rows = folder.read_records()
+        self.rows = complete_trials(folder.records)
         self.counts = {"complete": 0, "pruned": 0, "failed": 0}
-        self._ended: dict[int, dict[str, Any]] = {}
+        self._ended: dict[int, list[dict[str, Any]]] = {}
         for row in self.rows:
             self._count(row)
         self.ended_before = sum(self.counts.values())
@@ -70,7 +70,7 @@ class Book:
         """Tell the study of trials that have a record but no end: the last driver was killed between the two."""
         for number in self.ledger.running():
             if number in self._ended:
-                self._tell(number, self._ended[number])
+                self._tell(number)
         self.ledger.interrupted = [p for p in self.ledger.interrupted if p.number not in self._ended]
 
     def begin(self, proposal: Proposal) -> None:
@@ -90,6 +90,8 @@ class Book:
             return
         metrics = {"train_loss": report["train_loss"], **{name: report["points"][0][name] for name in METRICS}}
         row = {"epoch": report["epoch"], **_written(metrics), "seconds": report["seconds"]}
+        if live.proposal.cost.bits is None:  # widths that training decides are part of its course
+            row["bits"] = report["points"][0]["bits"]
         live.history.append(row)
         self._epochs.append({"trial": number, **row, "time": time.time()})
         self._listener(self)
@@ -101,14 +103,15 @@ class Book:
             return
         if status == "complete" and (fault := _fault(live)):
             status, reason = "failed", fault
-        points = live.points if status == "complete" else live.points[:1]
-        for row in [self._row(live, _written(point), status, reason) for point in points or [{}]]:
-            self._records.append(row, durable=True)
+        points = (live.points if status == "complete" else live.points[:1]) or [{}]
+        rows = [self._row(live, _written(point), len(points), status, reason) for point in points]
+        self._records.append(*rows, durable=True)
+        for row in rows:
             self.rows.append(row)
             self._count(row)
         if self.first_end_s is None:
             self.first_end_s = time.monotonic() - self.opened_at
-        self._tell(number, self._ended[number])
+        self._tell(number)
         self._drop_checkpoints(number)
         self._listener(self)
 
@@ -125,7 +128,9 @@ class Book:
         self._records.close()
         self._epochs.close()
 
-    def _row(self, live: Live, point: Mapping[str, Any], status: str, reason: str | None) -> dict[str, Any]:
+    def _row(
+        self, live: Live, point: Mapping[str, Any], points: int, status: str, reason: str | None
+    ) -> dict[str, Any]:
         proposal, tree = live.proposal, live.proposal.tree
         cost = proposal.cost
         return {
@@ -133,6 +138,7 @@ class Book:
             **self.facts,
             "trial": proposal.number,
             "point": point.get("label", "final"),
+            "points": points,
             "status": status,
             "reason": reason,
             "accuracy": point.get("accuracy"),
@@ -161,15 +167,19 @@ class Book:
             "timing": live.timing,
         }
 
-    def _count(self, row: Mapping[str, Any]) -> None:
-        if row["trial"] not in self._ended:
+    def _count(self, row: dict[str, Any]) -> None:
+        points = self._ended.setdefault(row["trial"], [])
+        if not points:
             self.counts[row["status"]] += 1
-        self._ended.setdefault(row["trial"], dict(row))
+        points.append(row)
 
-    def _tell(self, number: int, row: Mapping[str, Any]) -> None:
-        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[row["status"]]
-        values = [float(row[name]) for name in self.sweep.objectives] if row["status"] == "complete" else None
-        self.ledger.tell(number, state, values, row["reason"] or "")
+    def _tell(self, number: int) -> None:
+        rows = self._ended[number]
+        state = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        status = rows[0]["status"]
+        names = self.sweep.objectives if status == "complete" else {}
+        points = [[float(row[name]) for name in names] for row in rows]
+        self.ledger.tell(number, state[status], points, rows[0]["reason"] or "")
 
     def _drop_checkpoints(self, number: int) -> None:
         """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it.

@@ -9,7 +9,7 @@ resumed sweep needs no saved sampler.
 
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -29,6 +29,8 @@ STUDY = "sweep"
 ATTEMPTS = 20
 """Proposals of the sampler that may be refused in a row before random ones are tried."""
 RANDOM_ATTEMPTS = 2000
+OTHER_POINTS = "other_points"
+"""Attribute of a trial on disk: the values of its operating points beyond the first."""
 QMC_POSITION = "qmc:"
 """Prefix under which Optuna's quasi-random sampler keeps its place in the sequence, as an attribute of the study."""
 
@@ -128,12 +130,14 @@ class Ledger:
                 return self._accept(self._fixed(values), "uniform", cost)
         return self._sampled()
 
-    def tell(self, number: int, state: TrialState, values: list[float] | None = None, reason: str = "") -> None:
+    def tell(self, number: int, state: TrialState, points: Sequence[list[float]] = (), reason: str = "") -> None:
         """Tell both studies how a trial ended; telling twice changes nothing.
 
         Args:
             number: of the trial.
-            state: COMPLETE with `values` in the order of the objectives, PRUNED, or FAIL.
+            state: COMPLETE, PRUNED, or FAIL.
+            points: of a complete trial, the values of each of its operating points in the order of the objectives. The
+                study on disk holds the first as the trial's values; the sampler learns all of them.
             reason: why it was pruned or failed.
         """
         trial_id = self._trial_id(number)
@@ -141,10 +145,26 @@ class Ledger:
             return
         if reason:
             self._storage.set_trial_user_attr(trial_id, "reason", reason[:2000])
-        self._disk.tell(number, values if state == TrialState.COMPLETE else None, state=state)
+        values, others = (list(points[0]), points[1:]) if state == TrialState.COMPLETE else (None, ())
+        if others:
+            self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others))
+        self._disk.tell(number, values, state=state)
         # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
         learnt = TrialState.PRUNED if state == TrialState.FAIL else state
-        self._memory.tell(self._twin[number], values if state == TrialState.COMPLETE else None, state=learnt)
+        self._memory.tell(self._twin[number], values, state=learnt)
+        self._learn_others(self._memory.get_trials(deepcopy=False)[self._twin[number]], others)
+
+    def _learn_others(self, first: FrozenTrial, others: Sequence[list[float]]) -> None:
+        """Add the other points of a trial to the twin, as trials with the same parameters."""
+        for values in others:
+            self._memory.add_trial(
+                optuna.trial.create_trial(
+                    params=first.params,
+                    distributions=first.distributions,
+                    values=values,
+                    system_attrs=first.system_attrs,
+                )
+            )
 
     def running(self) -> list[int]:
         """Numbers of trials without an end."""
@@ -224,6 +244,7 @@ class Ledger:
         )
         self._memory.add_trial(copy)
         self._twin[trial.number] = len(self._memory.get_trials(deepcopy=False)) - 1
+        self._learn_others(copy, trial.user_attrs.get(OTHER_POINTS, ()))
         self._seen[trial.user_attrs["digest"]] = trial.number
 
     def _proposal(self, trial: FrozenTrial) -> Proposal:

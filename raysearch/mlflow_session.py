@@ -213,12 +213,23 @@ class Session:
             self._create(trial, f"trial-{trial:04d}", start_ms, {"raysearch.trial": str(trial)})
         self._log(trial, metrics, params, tags)
         if records:
+            self._log_bits(trial, records[0])
             outcome = entries.STATUS[records[-1]["status"]]
             self.client.set_terminated(self.runs[trial], outcome, entries.span_ms(records[-1])[1])
         elif trial in self.interrupted:
             self.client.delete_tag(self.runs[trial], "raysearch.status")
             self.client.update_run(self.runs[trial], "RUNNING")
         self.interrupted.discard(trial)
+
+    def _log_bits(self, trial: int, record: Line) -> None:
+        """The course of the widths as a picture, where training decides them."""
+        if not any(line.get("bits") for line in record.get("history") or []):
+            return
+        from analysis.plots import plot_bits
+
+        with tempfile.TemporaryDirectory() as folder:
+            picture = plot_bits(record["history"], Path(folder) / "bits.png", title=f"trial {trial}")
+            self.client.log_artifact(self.runs[trial], str(picture))
 
     def _publish(self) -> None:
         """Tags of the front, and the summary of all records so far."""

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from trainables.build import layer_table
 from trainables.config import digest, parse, resolve_bits
-from trainables.cost import bops, relative_bops, size_bytes
+from trainables.cost import FLOAT_BITS, bops, relative_bops, size_bytes
 
 if TYPE_CHECKING:
     from raysearch.sweep import Sweep
@@ -29,7 +29,7 @@ ORDER = (8, 2, 4, 3, 6, 5, 7)
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a configuration, known before training for fixed-width methods.
+    """Cost of a configuration before training; None where only training tells: widths are learned, or several.
 
     Attributes:
         digest: of the resolved configuration; equal for equal computations.
@@ -37,13 +37,13 @@ class Cost:
     """
 
     digest: str
-    bops: int
-    relative_bops: float
-    size_bytes: int
-    bits: dict[str, list[int]]
+    bops: int | None = None
+    relative_bops: float | None = None
+    size_bytes: int | None = None
+    bits: dict[str, list[int]] | None = None
 
     def over(self, sweep: "Sweep") -> str:
-        """Which limit of the sweep this breaks, in words; empty if none."""
+        """Which limit of the sweep this breaks, in words; empty if none, or if the cost is not known yet."""
         limits = (
             (self.bops, sweep.max_bops, "BOPs"),
             (self.relative_bops, sweep.max_relative_bops, "relative BOPs"),
@@ -52,7 +52,7 @@ class Cost:
         broken = [
             f"{have:.6g} {unit} (limit {limit:.6g})"
             for have, limit, unit in limits
-            if limit is not None and have > limit
+            if limit is not None and have is not None and have > limit
         ]
         return ", ".join(broken)
 
@@ -66,6 +66,8 @@ def cost_of(tree: dict[str, Any]) -> Cost:
     config = parse(tree)
     table = layer_table(config)
     bits = resolve_bits(config, table)
+    if any(FLOAT_BITS in (width.weight, width.activation) for width in bits.values()):
+        return Cost(digest=digest(config, bits))
     return Cost(
         digest=digest(config, bits),
         bops=bops(table, bits),

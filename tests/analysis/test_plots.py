@@ -8,7 +8,7 @@ from PIL import Image
 
 from analysis.front import Front
 from analysis.pareto import hypervolume_history
-from analysis.plots import plot_front, plot_hypervolume
+from analysis.plots import plot_bits, plot_front, plot_hypervolume
 from tests.analysis.test_front import OBJECTIVES, record
 
 BLUE, RED = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
@@ -114,3 +114,18 @@ def test_drawing_needs_no_pyplot_and_leaves_none_behind(tmp_path):
     loaded = "matplotlib.pyplot" in sys.modules
     plot_front(Front.of([record()], OBJECTIVES), tmp_path / "front.png")
     assert ("matplotlib.pyplot" in sys.modules) == loaded
+
+
+def test_widths_over_epochs_are_drawn_with_a_colour_for_each(tmp_path):
+    history = [{"epoch": e, "bits": {"conv1": [8 - e, 8], "fc": [0, 8]}} for e in (1, 2, 3)]
+    path = plot_bits([{"epoch": 0}, *history], tmp_path / "bits.png", title="trial 3")
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert image.shape[1] == 1200
+    zero, eight = (68, 1, 84), (122, 209, 81)  # viridis, at its two values
+    assert pixels(path, zero, within=6) > 10_000
+    assert pixels(path, eight, within=30) > 30_000
+
+
+def test_without_widths_there_is_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="there are no bits to draw"):
+        plot_bits([{"epoch": 1}], tmp_path / "bits.png")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from raysearch.book import Book
 from raysearch.ledger import STUDY, Ledger, Proposal
+from raysearch.proposals import Cost
 from raysearch.records import RunFolder, read_lines
 from raysearch.worker import Message
 from tests.raysearch.builders import (
@@ -34,8 +35,8 @@ from trainables import checkpoint
 from trainables.cost import size_bytes
 
 FIELDS = (
-    *("schema", "sweep", "versions", "git", "trial", "point", "status", "reason", "accuracy", "loss", "bops"),
-    *("relative_bops", "size_bytes", "float_size_bytes", "macs", "bits", "epoch", "epochs", "seconds", "seed"),
+    *("schema", "sweep", "versions", "git", "trial", "point", "points", "status", "reason", "accuracy", "loss"),
+    *("bops", "relative_bops", "size_bytes", "float_size_bytes", "macs", "bits", "epoch", "epochs", "seconds", "seed"),
     *("digest", "source", "method", "model", "data", "params", "config", "history", "checkpoint", "started_at"),
     *("finished_at", "timing"),
 )
@@ -78,7 +79,15 @@ def test_a_record_says_everything_about_a_trial(book: Book) -> None:
     assert {name for name, value in row.items() if isinstance(value, dict | list)} == NESTED
     accuracy, cost = formula(proposal.cost.bits), proposal.cost
     expected = {
-        **{"schema": 1, "sweep": "a-run", "trial": 0, "point": "final", "status": "complete", "reason": None},
+        **{
+            "schema": 1,
+            "sweep": "a-run",
+            "trial": 0,
+            "point": "final",
+            "points": 1,
+            "status": "complete",
+            "reason": None,
+        },
         **{"accuracy": accuracy, "loss": 1 - accuracy, **asdict(cost), "macs": book.ledger.resolved.table.macs},
         **{"epoch": 2, "epochs": 2, "seed": 0, "source": "uniform", "params": proposal.params},
         **{"method": "lsq", "model": "lenet5", "data": "digits", "config": proposal.tree, "checkpoint": "trials/00000"},
@@ -199,7 +208,37 @@ def test_a_trial_may_have_several_points(tmp_path: Path) -> None:
     assert book.counts == {"complete": 1, "pruned": 1, "failed": 0}
     assert set(book.front().to_pandas()["point"]) == {"8-bit", "2-bit"}
     assert study_of(folder)[0].values[0] == 0.9
-    assert open_book(folder, resolved).counts == book.counts
+    again = open_book(folder, resolved)
+    assert again.counts == book.counts
+    for ledger in (book.ledger, again.ledger):  # the sampler learns the second point, too
+        learnt = [trial.values for trial in ledger._memory.get_trials(deepcopy=False) if trial.values]
+        assert [values[0] for values in learnt] == [0.9, 0.7]
+
+
+def test_a_trial_whose_points_were_written_in_part_is_trained_again(tmp_path: Path) -> None:
+    folder, resolved = make_run(tmp_path / "a-run")
+    book = open_book(folder, resolved)
+    for _ in range(2):
+        proposal = next_of(book)
+        train(book, proposal, [message([point(proposal, a, label=str(a)) for a in (0.9, 0.8, 0.7)], 1, 1)])
+    lines = folder.records.read_bytes().splitlines(keepends=True)
+    folder.records.write_bytes(b"".join(lines[:5]) + lines[5][:30])
+    again = open_book(folder, resolved)
+    assert [row["trial"] for row in again.rows] == [0, 0, 0]
+    assert folder.records.read_bytes() == b"".join(lines[:3])
+
+
+def test_where_training_decides_the_widths_they_are_kept_for_each_epoch(tmp_path: Path) -> None:
+    folder, resolved = make_run(tmp_path / "a-run")
+    book = open_book(folder, resolved)
+    proposal = replace(next_of(book), cost=Cost(digest="d"))
+    costs = {"bops": 1, "relative_bops": 0.1, "size_bytes": 1}
+    said = [
+        message([point(proposal, 0.9, bits={"fc": [width, 8]}, **costs)], epoch, 2) for epoch, width in ((1, 4), (2, 0))
+    ]
+    train(book, proposal, said)
+    assert [line["bits"] for line in book.rows[0]["history"]] == [{"fc": [4, 8]}, {"fc": [0, 8]}]
+    assert book.rows[0]["bits"] == {"fc": [0, 8]}
 
 
 def test_only_trials_of_the_front_keep_their_checkpoints(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def finish(ledger: Ledger, proposal: Proposal) -> None:
     elif proposal.number % 7 == 6:
         ledger.tell(proposal.number, TrialState.PRUNED, reason="stopped early")
     else:
-        ledger.tell(proposal.number, TrialState.COMPLETE, values_of(ledger, proposal))
+        ledger.tell(proposal.number, TrialState.COMPLETE, [values_of(ledger, proposal)])
 
 
 def run(ledger: Ledger, limit: int | None = None) -> list[Proposal]:
@@ -193,7 +193,7 @@ def test_telling_twice_changes_nothing(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path, small_sweep())
     proposal = ledger.propose()
     assert proposal is not None
-    ledger.tell(0, TrialState.COMPLETE, [0.5, 1.0, 2.0])
+    ledger.tell(0, TrialState.COMPLETE, [[0.5, 1.0, 2.0]])
     ledger.tell(0, TrialState.FAIL, reason="too late")
     (trial,) = on_disk(tmp_path)
     assert (trial.state, trial.values) == (TrialState.COMPLETE, [0.5, 1.0, 2.0])
@@ -306,7 +306,7 @@ def test_gp_does_not_want_for_ever_what_has_failed(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path, Sweep(space="per_layer", trials=13, sampler="gp"))
     for proposal in proposals(ledger):
         if proposal.number < 10:
-            ledger.tell(proposal.number, TrialState.COMPLETE, values_of(ledger, proposal))
+            ledger.tell(proposal.number, TrialState.COMPLETE, [values_of(ledger, proposal)])
         else:
             ledger.tell(proposal.number, TrialState.FAIL, reason="loss is nan")
     assert ledger.started == 13

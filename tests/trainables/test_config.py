@@ -531,3 +531,9 @@ def test_settings_are_listed_with_their_types_defaults_and_texts(kind):
 def test_replacing_a_part_of_a_config_gives_a_new_one():
     config = parse(BASE)
     assert replace(config, seed=3) != config
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+def test_a_method_whose_widths_are_given_has_none_to_fix(epochs):
+    with pytest.raises(ConfigError, match=f"training/finetune_epochs = {epochs}: method 'lsq' learns no widths"):
+        widths({"training/finetune_epochs": epochs, "training/epochs": 4})

@@ -258,3 +258,14 @@ def test_each_layer_of_resnet_20_has_the_macs_and_weights_of_adabits():
     ]
     ours = [(layer.macs, layer.weights + layer.biases) for layer in table_of("resnet20").layers]
     assert ours == [(int(macs), int(parameters)) for macs, parameters, _, _ in kept]
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_pruned_channels_cost_neither_operations_nor_weights(outputs, inputs):
+    layer = Layer(name="conv", kind="conv", macs=1000, weights=160, biases=16, channels=16)
+    table = LayerTable(layers=(layer,))
+    bits = {"conv": LayerBits(weight=4, activation=2)}
+    left = {"output_share": {"conv": outputs}}
+    assert bops(table, bits, **left, input_share={"conv": inputs}) == round(8000 * outputs * inputs)
+    mask = 2 if outputs < 1 else 0
+    assert size_bytes(table, bits, extra_floats=0, **left) == (round(160 * outputs) * 4 + 7) // 8 + 64 + mask

@@ -1,6 +1,5 @@
 """Training on real digits: reproducible, resumable, alone or on two ranks; and the float start that trials share."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ from trainables import checkpoint
 from trainables.config import TrialConfig, merged, parse
 from trainables.errors import ConfigError, DivergedError
 from trainables.fit import Report, Session, evaluate, fit
-from trainables.optimizers import learning_rate_factor
 from trainables.start import float_start, start_config
 
 METHODS = ["float", "lsq", "pact", "dorefa"]
@@ -264,31 +262,7 @@ def test_a_trial_after_a_diverged_one_gives_the_numbers_it_always_gives():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedule and evaluation
-
-
-@pytest.mark.parametrize(
-    ("schedule", "factors"),
-    [
-        ("constant", [1, 1, 1, 1]),
-        ("linear", [1, 0.75, 0.5, 0.25]),
-        ("cosine", [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]),
-    ],
-)
-def test_the_learning_rate_follows_its_schedule(schedule, factors):
-    config = configured(optimizer__schedule=schedule)
-    assert [
-        learning_rate_factor(config.optimizer, config.optimizer.schedule, step, 4) for step in range(4)
-    ] == pytest.approx(factors)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_warmup_rises_to_the_peak_and_then_only_falls(schedule):
-    config = configured(optimizer__schedule=schedule, optimizer__warmup=0.25)
-    factors = [learning_rate_factor(config.optimizer, config.optimizer.schedule, step, 40) for step in range(40)]
-    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
-    assert factors[10] == 1
-    assert all(a >= b > 0 for a, b in itertools.pairwise(factors[10:]))
+# Evaluation
 
 
 def test_evaluation_counts_every_example_once_and_keeps_the_mode():
