@@ -52,6 +52,8 @@ RAY_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 PROCESS_RETRIES = 2
 MIRROR_WAIT_S = 60.0
 INTERRUPTED_WAIT_S = 5.0
+GROUP_WAIT_S = 30.0
+GROUP_INTERRUPTED_WAIT_S = 2.0
 CONNECT_S = 5.0
 
 
@@ -223,7 +225,6 @@ def _terminable() -> Iterator[None]:
 
 def _start_ray(sweep: Sweep) -> bool:
     import ray
-    import torch
 
     if ray.is_initialized():
         return False
@@ -231,42 +232,15 @@ def _start_ray(sweep: Sweep) -> bool:
     if address:
         _join_cluster(address)
     else:
-        # Without the dashboard, a dead Train controller would leak its placement group; without Train, nothing would.
-        start_local(dashboard=_uses_group(sweep, _gpus_per_worker(sweep, torch.cuda.device_count())))
+        start_local()
     return True
 
 
-def start_local(*, dashboard: bool, **options: Any) -> None:
-    """Start a Ray of our own on this machine.
-
-    Ray Train's helper that frees the place of a dead group looks for the one Ray of the machine, and gives up when
-    another sweep has started a second one, unless RAY_ADDRESS names it. Ray's processes inherit our environment, so
-    its port is chosen here.
-    """
+def start_local(**options: Any) -> None:
+    """Start a Ray of our own on this machine, without the dashboard: its ten processes would take the first seconds."""
     import ray
 
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    with _environment(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=f"{ray.util.get_node_ip_address()}:{port}"):
-        ray.init(
-            address="local", include_dashboard=dashboard, object_store_memory=200 * 2**20, **RAY_OPTIONS, **options
-        )
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    ray.init(address="local", include_dashboard=False, object_store_memory=200 * 2**20, **RAY_OPTIONS, **options)
 
 
 def _join_cluster(address: str) -> None:
@@ -319,21 +293,21 @@ def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: W
     from raysearch.result import Result
     from raysearch.tracking import start_mirror
 
-    ledger = Ledger(folder, resolved)
-    name = folder.read_sweep()["name"]
-    shared = {"sweep": name, "versions": facts.versions(), "git": facts.git()}
-    book = Book(folder, ledger, shared, watcher.event)
-    watcher.started(folder, resolved)
-    mirror, mirror_wait_s = start_mirror(folder.path, resolved.sweep.mlflow_uri), INTERRUPTED_WAIT_S
-    try:
-        if ledger.interrupted or ledger.started < resolved.sweep.trials:
-            _tune(folder, resolved, capacity, ledger, book)
-        write_json(folder.end, {"ended_at": facts.now(), "trials": ledger.started, "refused": ledger.refused})
-        mirror_wait_s = MIRROR_WAIT_S
-    finally:
-        watcher.closed()
-        book.close()
-        mirrored = mirror.close(mirror_wait_s)
+    with _groups(folder, resolved.sweep, capacity) as groups:
+        ledger = Ledger(folder, resolved)
+        shared = {"sweep": folder.read_sweep()["name"], "versions": facts.versions(), "git": facts.git()}
+        book = Book(folder, ledger, shared, watcher.event)
+        watcher.started(folder, resolved)
+        mirror, mirror_wait_s = start_mirror(folder.path, resolved.sweep.mlflow_uri), INTERRUPTED_WAIT_S
+        try:
+            if ledger.interrupted or ledger.started < resolved.sweep.trials:
+                _tune(folder, resolved, capacity, ledger, book, groups)
+            write_json(folder.end, {"ended_at": facts.now(), "trials": ledger.started, "refused": ledger.refused})
+            mirror_wait_s = MIRROR_WAIT_S
+        finally:
+            watcher.closed()
+            book.close()
+            mirrored = mirror.close(mirror_wait_s)
     result = Result(folder.path, mirrored=mirrored)
     if not book.has_points():
         reasons = sorted({row["reason"] for row in book.rows if row["reason"]})
@@ -341,7 +315,41 @@ def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: W
     return result
 
 
-def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any, book: "Book") -> None:
+@contextlib.contextmanager
+def _groups(folder: RunFolder, sweep: Sweep, capacity: Capacity) -> Iterator[list[str]]:
+    """One worker group for each concurrent trial, where trials run in groups: the names of their mailboxes.
+
+    They are started first of all: that takes longest.
+    """
+    from raysearch.group import Group
+
+    if not _uses_group(sweep, capacity.gpus) or folder.end.exists():
+        yield []
+        return
+    scratch = _scratch(folder)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
+    names = [f"raysearch-{time.time_ns()}-{index}" for index in range(capacity.concurrent)]
+    options: dict[str, Any] = {"cpus": sweep.cpus_per_worker, "gpus": capacity.gpus, "storage": str(scratch)}
+    groups = [Group(sweep.workers, name=name, **options) for name in names]
+    wait_s = GROUP_INTERRUPTED_WAIT_S
+    try:
+        yield names
+        wait_s = GROUP_WAIT_S
+    finally:
+        for group in groups:
+            group.end()
+        for group in groups:
+            group.close(wait_s)
+
+
+def _scratch(folder: RunFolder) -> Path:
+    """Where Ray Tune and Train keep files that nobody reads again."""
+    return folder.path.resolve() / "ray"
+
+
+def _tune(
+    folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any, book: "Book", groups: list[str]
+) -> None:
     from ray import tune
 
     from raysearch.searcher import LedgerSearcher
@@ -351,28 +359,27 @@ def _tune(folder: RunFolder, resolved: Resolved, capacity: Capacity, ledger: Any
     sweep = resolved.sweep
     root = None if sweep.data_root is None else str(Path(sweep.data_root).resolve())
     absolute = RunFolder(folder.path.resolve())
-    scratch = absolute.path / "ray"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
+    scratch = _scratch(folder)
+    if not groups:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
 
-    def slot_config(proposal: "Proposal") -> dict[str, Any]:
+    def slot_config(proposal: "Proposal", place: int) -> dict[str, Any]:
         number = proposal.number
         device = "cuda" if capacity.gpus else "cpu"
         return {
             "job": make_job(number, proposal.tree, absolute.trial(number), absolute.starts, root, device),
-            "workers": sweep.workers,
             "cpus": sweep.cpus_per_worker,
-            "gpus": capacity.gpus,
-            "storage": str(scratch),
+            "group": groups[place] if groups else None,
         }
 
-    if _uses_group(sweep, capacity.gpus):
+    if groups:
         slot = tune.with_resources(GroupSlot, {"cpu": 0, "memory": 1e6})
     else:
         slot = tune.with_resources(InlineSlot, {"cpu": sweep.cpus_per_worker})
     tuner = tune.Tuner(
         slot,
         tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(ledger, book, slot_config),
+            search_alg=LedgerSearcher(ledger, book, slot_config, capacity.concurrent),
             num_samples=-1,
             max_concurrent_trials=capacity.concurrent,
             reuse_actors=True,

@@ -19,13 +19,18 @@ class LedgerSearcher(Searcher):
     Args:
         ledger: who proposes.
         book: who writes down.
-        tune_config: from a proposal to the config of a slot.
+        tune_config: from a proposal and its place to the config of a slot.
+        places: how many trials run at the same time; each has one of the places 0, 1, ... to itself.
     """
 
-    def __init__(self, ledger: Ledger, book: Book, tune_config: Callable[[Proposal], dict[str, Any]]) -> None:
+    def __init__(
+        self, ledger: Ledger, book: Book, tune_config: Callable[[Proposal, int], dict[str, Any]], places: int
+    ) -> None:
         super().__init__(metric=None, mode=None)
         self._ledger, self._book, self._tune_config = ledger, book, tune_config
         self._numbers: dict[str, int] = {}
+        self._free = set(range(places))
+        self._places: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts for a restore that is never asked for: everything is on disk."""
@@ -44,8 +49,10 @@ class LedgerSearcher(Searcher):
         if proposal is None:
             return Searcher.FINISHED
         self._numbers[trial_id] = proposal.number
+        self._places[trial_id] = min(self._free)
+        self._free.remove(self._places[trial_id])
         self._book.begin(proposal)
-        return self._tune_config(proposal)
+        return self._tune_config(proposal, self._places[trial_id])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An epoch."""
@@ -56,6 +63,7 @@ class LedgerSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The end: Tune gives the last result, or says that the slot's process could not be kept alive."""
         number = self._numbers.pop(trial_id)
+        self._free.add(self._places.pop(trial_id))
         message = _message(result)
         if error:
             self._book.end(number, "failed", "its process died again and again; see the Ray logs")

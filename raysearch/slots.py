@@ -1,7 +1,7 @@
 """Slots: the Tune trainables that trials run through, one after the other, without starting a process for each.
 
 `InlineSlot` trains in its own process: one worker, the cheapest. `GroupSlot` hands trials to a Ray Train worker group
-that outlives them (`group`). Both take the next trial in `reset_config`, so Tune reuses their actors.
+that outlives them and itself (`group`). Both take the next trial in `reset_config`, so Tune reuses their actors.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import tune
 
-from raysearch.group import Group
+from raysearch.group import Desk
 from raysearch.worker import Message, messages, prepare_process
 
 
@@ -49,28 +49,22 @@ class InlineSlot(tune.Trainable):
 
 
 class GroupSlot(tune.Trainable):
-    """Hands trial after trial to one long-lived worker group; a Tune step is an epoch."""
+    """Hands trials to the worker group that each names; a Tune step is an epoch."""
 
-    _group: Group
+    _desk: Desk
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the worker group and hand it the first trial."""
-        self._group = Group(
-            config["workers"], cpus=config["cpus"], gpus=config["gpus"], storage=config["storage"], name=self.trial_id
-        )
-        self._group.post(config["job"])
+        """Hand over the first trial."""
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Hand over the next trial; the last one is stopped at its next epoch if it still runs."""
-        self._group.post(new_config["job"])
+        """Hand over the next trial; one that the group still works on is stopped at its next epoch."""
+        self._desk = Desk(new_config["group"])
+        self._desk.post(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch."""
-        message = self._group.next_message()
+        message = self._desk.next_message()
         message["slot"] = f"{os.getpid()}-{threading.get_native_id()}"
         return _result(message)
-
-    def cleanup(self) -> None:
-        """End the worker group."""
-        self._group.close()

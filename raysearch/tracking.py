@@ -167,9 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.critical("the mirror ends by an error of its own", exc_info=what)
 
     sys.excepthook = tell
+    _await_news(run, stop)
     with _settings(), _log_file(run):
         _mirror(run, tracking_uri(run, given.uri), stop, last_tries=LAST_TRIES)
     return 0
+
+
+def _await_news(run: Path, stop: threading.Event) -> None:
+    """Wait for something to tell: importing MLflow takes seconds that the start of the sweep can use better."""
+    while not any(Lines(run / name).size() for name in ("epochs.jsonl", "records.jsonl")) and not stop.wait(POLL_S):
+        pass
 
 
 def _mirror(run: Path, uri: str, stop: threading.Event, *, last_tries: int) -> str | None:

@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**RAY_ENVIRONMENT, "PYTHONPATH": str(ROOT), DIARY: str(diary)}.items():
             patch.setenv(name, value)
-        start_local(dashboard=True, num_cpus=CPUS)
+        start_local(num_cpus=CPUS)
         yield diary
         ray.shutdown()
 

@@ -137,6 +137,17 @@ def group_killed(ask: Callable[..., Run], cluster: Path) -> Run:
     return ask(question(5, {"method/alone": "3"}, workers=2), {1: reporting_rank, 2: slot})
 
 
+@pytest.fixture(scope="module")
+def controller_killed(ask: Callable[..., Run]) -> Run:
+    """Ray Train's controller is killed in the trial of 2 bits."""
+
+    def controller(live: Live) -> int:
+        (found,) = subprocess.run(["pgrep", "-f", "^ray::.*TrainController"], capture_output=True).stdout.split()
+        return int(found)
+
+    return ask(question(3, {}, workers=2), {1: controller})
+
+
 @pytest.mark.parametrize("kind", ["inline", "group"])
 def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_others_are_unaffected(
     kind: str, request: pytest.FixtureRequest
@@ -196,12 +207,21 @@ def test_a_trial_that_kills_its_process_again_and_again_has_failed_and_the_sweep
 def test_a_trial_goes_on_when_a_rank_or_the_slot_of_its_group_is_killed(group_killed: Run) -> None:
     check_books(group_killed.result, 5)
     assert group_killed.killed.keys() == {1, 2}
-    for width in "24":
-        assert ends(group_killed.result)[width] == ("complete", None)
-        before, after = pids(group_killed.diary, width).values()
-        assert before[0] == 1
-        assert after[0] > 1
-        assert after[-1] == EPOCHS
+    assert [ends(group_killed.result)[width] for width in "24"] == [("complete", None)] * 2
+    before, after = pids(group_killed.diary, "2").values()
+    assert before[0] == 1
+    assert after[0] > 1
+    assert after[-1] == EPOCHS
+    assert list(pids(group_killed.diary, "4").values()) == [list(range(1, EPOCHS + 1))]  # the group outlives its slot
+
+
+def test_a_trial_goes_on_when_the_train_run_of_its_group_dies(controller_killed: Run) -> None:
+    check_books(controller_killed.result, 3)
+    assert {status for status, _ in ends(controller_killed.result).values()} == {"complete"}
+    before, after = pids(controller_killed.diary, "2").values()
+    assert before[0] == 1
+    assert after[0] > 1
+    assert after[-1] == EPOCHS
 
 
 def test_when_one_rank_fails_alone_the_trial_has_failed_and_the_group_is_restarted(group_killed: Run) -> None:
