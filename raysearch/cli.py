@@ -352,6 +352,25 @@ def _describe(result: Any, chosen: dict[str, Any]) -> str:
 
 @raysearch.command()
 @click.argument("run_folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("trial", type=click.IntRange(min=0))
+@click.option("--point", default="final", show_default=True, help="which operating point of the trial")
+@click.option("--json", "form", flag_value="json", help="one JSON object a layer and line")
+@click.option("--csv", "form", flag_value="csv", help="CSV")
+def layers(run_folder: Path, trial: int, point: str, form: str | None) -> None:
+    """A trained network layer by layer: widths, and what else its method has learned."""
+    from raysearch.result import Result
+
+    found = Result(run_folder).layers(trial, point)
+    texts = {
+        "json": lambda: found.to_json(orient="records", lines=True),
+        "csv": lambda: found.to_csv(index=False),
+        None: lambda: found.to_string(index=False),
+    }
+    click.echo(texts[form]().rstrip("\n"))
+
+
+@raysearch.command()
+@click.argument("run_folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--mlflow-uri", help="MLflow tracking URI  [default: that of the sweep]")
 def mirror(run_folder: Path, mlflow_uri: str | None) -> None:
     """Send to MLflow what it missed."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from analysis.front import Front
     from raysearch.tracking import Status
+    from trainables.fit import Session
 
 
 class Result:
@@ -78,11 +79,22 @@ class Result:
         for known in read_lines(self.folder.tests):
             if (known["trial"], known["point"]) == (trial, point):
                 return float(known["test_accuracy"])
-        accuracy = _test_accuracy(self, trial, point)
+        session = _session(self, trial, point)
+        accuracy = next(p.accuracy for p in session.measure(session.data.test) if p.label == point)
         log = Log(self.folder.tests)
         log.append({"trial": trial, "point": point, "test_accuracy": accuracy}, durable=True)
         log.close()
         return accuracy
+
+    def layers(self, trial: int, point: str = "final") -> "pd.DataFrame":
+        """What a trained network is, layer by layer: weights, MACs, widths, and what its method has learned besides.
+
+        Raises:
+            RecordError: there is no such point, or its checkpoint is gone.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(_session(self, trial, point).layers(point))
 
 
 def load(path: str | Path) -> Result:
@@ -113,17 +125,24 @@ def front_of(results: list[Result]) -> "Front":
         raise RecordError(str(error)) from error
 
 
-def _test_accuracy(result: Result, trial: int, point: str) -> float:
-    """Rebuild a trial from its checkpoint and evaluate it on the test split."""
+def _session(result: Result, trial: int, point: str) -> "Session":
+    """A trial in memory, rebuilt from its checkpoint."""
     from trainables import checkpoint
     from trainables.config import parse
     from trainables.fit import Session
 
+    rows = [row for row in result.records() if row["trial"] == trial and row["status"] == "complete"]
+    record = next((row for row in rows if row["point"] == point), None)
+    if record is None:
+        known = f"; it has the points {', '.join(str(row['point']) for row in rows)}" if rows else ""
+        raise RecordError(f"trial {trial} of {result.path} has no complete point {point!r}{known}")
     path = result.folder.trial(trial) / checkpoint.FILE
-    record = next((r for r in result.records() if r["trial"] == trial and r["point"] == point), None)
-    if record is None or not path.exists():
-        raise RecordError(f"trial {trial} has no checkpoint in {result.path}: only those of the front are kept")
+    if not path.exists():
+        raise RecordError(
+            f"trial {trial} has no checkpoint in {result.path}: only those of the front are kept "
+            "(`raysearch pick --no-test` needs none)"
+        )
     root = result.description["sweep"]["data_root"]
     session = Session(parse(record["config"]), data_root=None if root is None else Path(root))
-    checkpoint.load_weights(path, session.model)
-    return next(p.accuracy for p in session.measure(session.data.test) if p.label == point)
+    session.load(path)
+    return session

@@ -145,6 +145,39 @@ class Session:
         """Optimizer steps of one epoch; an incomplete last batch is dropped unless it is the only one."""
         return max(1, len(self.data.train) // self.config.training.batch_size)
 
+    def load(self, path: Path) -> None:
+        """Take the model from a trial's checkpoint, in the phase in which it was saved.
+
+        Raises:
+            ConfigError: the file is missing, torn, or of another model.
+        """
+        _, state = checkpoint.read(path)
+        if state.get("epoch", 0) > self.config.search_epochs:
+            self.method.freeze(self.model)
+        checkpoint.load_weights(path, self.model)
+
+    def layers(self, label: str) -> list[dict[str, Any]]:
+        """A row for each quantized layer at one operating point: name, weights, MACs, widths, and the method's details.
+
+        Raises:
+            StopIteration: no point has this label.
+        """
+        point = next(point for point in self.method.points(self.model) if point.label == label)
+        point.activate()
+        details = self.method.details(self.model)
+        return [
+            {
+                "layer": row.name,
+                "weights": row.weights,
+                "macs": row.macs,
+                "weight_bits": point.bits[row.name].weight,
+                "activation_bits": point.bits[row.name].activation,
+                **details.get(row.name, {}),
+            }
+            for row in self.table.quantizable
+            if row.name in point.bits
+        ]
+
     def measure(self, split: Split) -> list[PointReport]:
         """Evaluate every operating point on a split."""
         return [self._measured(point, split) for point in self.method.points(self.model)]

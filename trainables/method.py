@@ -8,6 +8,7 @@
 | `after_step`, `after_epoch` | changes the model between steps, between epochs |
 | `freeze` | ends the search phase of a method that learns its widths: they are fixed from here |
 | `faults` | says what is wrong with a configuration beyond the types of its settings |
+| `details` | tells what was learned beside the widths, layer by layer |
 | `points` | the operating points to evaluate: one for most methods, one per width for switchable networks |
 
 A method is a file in `trainables/methods` with a class `Method` that derives from this one and a frozen dataclass
@@ -129,6 +130,10 @@ class Method:
         """Operating points of the model as it stands; by default one, with the widths of its quantizers."""
         scales = [p for name, p in model.named_parameters() if is_quantizer_parameter(name)]
         return [Point(label="final", bits=read_bits(model), extra_floats=self.stored_floats(model, scales))]
+
+    def details(self, model: nn.Module) -> Mapping[str, Mapping[str, Any]]:
+        """What there is to say of each layer of a trained model beside its widths: layer -> title -> value."""
+        return {}
 
     def stored_floats(self, model: nn.Module, scales: list[nn.Parameter]) -> int:
         """How many floats the quantizers store in an export: by default their parameters."""

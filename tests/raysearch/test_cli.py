@@ -230,6 +230,14 @@ def test_pick_measures_the_test_accuracy(cli: Cli, trained: RunFolder) -> None:
     assert len(trained.tests.read_text().splitlines()) == 1
 
 
+def test_layers_prints_a_table_or_lines_of_a_trial(cli: Cli, trained: RunFolder) -> None:
+    trial = json.loads(cli("pick", trained.path, "--json", "--no-test").out)["trial"]
+    rows = [json.loads(line) for line in cli("layers", trained.path, trial, "--json").out.splitlines()]
+    assert [row["layer"] for row in rows] == ["conv1", "conv2", "fc1", "fc2"]
+    assert cli("layers", trained.path, trial, "--csv").out.splitlines()[0] == ",".join(rows[0])
+    assert len(cli("layers", trained.path, trial).out.splitlines()) == 5
+
+
 @pytest.mark.parametrize(
     ("limits", "words"),
     [

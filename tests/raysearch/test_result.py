@@ -161,3 +161,20 @@ def test_a_point_whose_checkpoint_was_dropped_cannot_be_tested(by_formula: RunFo
     with pytest.raises(RecordError, match=r"trial 3 has no checkpoint in .*: only those of the front are kept"):
         load(by_formula.path).test({"trial": 3, "point": "final"})
     assert not by_formula.tests.exists()
+
+
+def test_a_trained_network_is_told_layer_by_layer(trained: RunFolder) -> None:
+    row = kept(trained)
+    layers = load(trained.path).layers(row["trial"])
+    assert list(layers.columns) == ["layer", "weights", "macs", "weight_bits", "activation_bits"]
+    told = layers.set_index("layer")[["weight_bits", "activation_bits"]].T.to_dict("list")
+    assert told == row["bits"]
+    assert layers["macs"].sum() == row["macs"]
+
+
+def test_a_point_that_is_not_there_is_named_with_those_that_are(trained: RunFolder) -> None:
+    row = kept(trained)
+    with pytest.raises(
+        RecordError, match=f"trial {row['trial']} of .* has no complete point '3-bit'; it has the point"
+    ):
+        load(trained.path).layers(row["trial"], "3-bit")
