@@ -17,11 +17,11 @@ LEAVES = {  # what each may import beside the standard library and itself
     "search_spaces": {"optuna"},
     "trainables": {"torch", "torchvision", "numpy", "pydantic", "safetensors", "filelock"}
     | {"pandas", "pyarrow", "PIL", "sklearn"},
-    "analysis": {"numpy", "pandas", "pyarrow", "matplotlib"},
+    "analysis": {"numpy", "pandas", "pyarrow", "matplotlib", "scipy"},
 }
 LATE = {  # what each imports only inside functions
     "raysearch": {"ray", "mlflow", "torch", "optuna", "matplotlib", "pandas"},
-    "analysis": {"matplotlib"},
+    "analysis": {"matplotlib", "scipy"},
 }
 DERIVED = {  # files made of a late library's types; they are themselves imported inside functions
     "raysearch/book.py": {"optuna"},

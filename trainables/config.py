@@ -247,7 +247,8 @@ def _validated(adapter: TypeAdapter[Any], value: Any, where: str, known: list[st
             elif fault["type"] == "missing":
                 faults.append(f"{address} is missing: it has no default")
             else:
-                faults.append(f"{address} = {fault['input']!r}: {fault['msg'].lower()}")
+                text = fault["msg"].removeprefix("Value error, ")
+                faults.append(f"{address} = {fault['input']!r}: {text[:1].lower()}{text[1:]}")
         return None
 
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 SMALLEST_SCALE = 1e-8
 """Scales are floored here in the forward pass; nothing in LSQ keeps its step size positive."""
 
-_compiled: dict[str, Callable[..., Any]] = {}
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 _use_compiled = False
 
 
@@ -36,10 +36,9 @@ def graphs_compiled() -> int:
 
 def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
     """Call the compiled twin of `kernel`; made on first use, with the sizes as symbols."""
-    name = kernel.__name__
-    if name not in _compiled:
-        _compiled[name] = torch.compile(kernel, dynamic=True, fullgraph=True)
-    return _compiled[name](*tensors)
+    if kernel not in _compiled:
+        _compiled[kernel] = torch.compile(kernel, dynamic=True, fullgraph=True)
+    return _compiled[kernel](*tensors)
 
 
 def _flat(x: Tensor) -> Tensor:

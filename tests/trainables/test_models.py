@@ -21,10 +21,11 @@ MODELS = {
     "resnet18": (1_814_073_344, 11_689_512, 21, 4_800),
     "resnet34": (3_663_761_408, 21_797_672, 37, 8_512),
     "resnet50": (4_089_184_256, 25_557_032, 54, 26_560),
+    "mobilenet_v1": (568_740_352, 4_231_976, 28, 10_944),
     "mobilenet_v2": (300_774_272, 3_504_872, 53, 17_056),
 }
 TORCHVISION = ["resnet18", "resnet34", "resnet50", "mobilenet_v2"]
-SMALL = dict.fromkeys(TORCHVISION, (3, 64, 64))
+SMALL = dict.fromkeys([*TORCHVISION, "mobilenet_v1"], (3, 64, 64))
 
 
 def build(name: str, classes: int, input_shape: tuple[int, int, int], **fields: object) -> nn.Module:

@@ -1,0 +1,807 @@
+"""Bayesian Bits against arrays that the authors' published code computed.
+
+Whatever `golden/bayesian_bits/index.json` lists goes through our quantizers, layers, penalty and method. The networks
+of the golden set quantize what a layer makes, so they are put together here from the method's own pieces. Names in the
+set: `gammas` and `gamma_2` are our `gate_logits` and `pruning_logits`, `x_max` is `clip_max`, `gamma` and `beta` of a
+batch norm are its weight and bias.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.golden_vectors import Arrays, cases, index
+from trainables import gated_norm, modules
+from trainables.config import Optimizer
+from trainables.fit import training_step
+from trainables.gated_rounding import LEVELS
+from trainables.gates import (
+    OPEN_ABOVE,
+    PRUNING_INIT,
+    UNQUANTIZED,
+    GatedQuantizer,
+    hard_concrete,
+    penalties,
+    probability_open,
+)
+from trainables.methods.bayesian_bits import Method, quantize_output
+from trainables.optimizers import Optimizers
+
+METHOD = "bayesian_bits"
+Settings = dict[str, Any]
+State = dict[str, Tensor]
+
+# The index gives its tolerances as a sentence (`conventions`, `tolerances`); these are its numbers.
+DTYPES = {"f64": torch.float64, "f32": torch.float32}
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+ONE_LAYER = {"f64": {"rtol": 1e-8, "atol": 1e-10}, "f32": {"rtol": 0.0, "atol": 3e-6}}
+ONE_LAYER_GRADIENT = {"f64": {"rtol": 1e-8, "atol": 1e-10}, "f32": {"rtol": 1e-4, "atol": 1e-5}}
+TRAINING = {"f64": {"rtol": 1e-7, "atol": 1e-9}, "f32": {"rtol": 2e-3, "atol": 2e-4}}
+AFTER_ADAM = {"f64": {"rtol": 1e-7, "atol": 1e-9}, "f32": {"rtol": 0.0, "atol": 2.1e-3}}
+TEST_AFTER_ADAM = {"f64": {"rtol": 1e-7, "atol": 1e-9}, "f32": {"rtol": 0.0, "atol": 5e-2}}
+
+
+def listed(file: str, only: Callable[[str, Settings], bool] = lambda name, settings: True) -> Any:
+    """Runs a test on every case of a file, or on those that it wants."""
+    found = [case for case in cases(METHOD, file) if only(case[0], case[1])]
+    return pytest.mark.parametrize(("name", "settings", "arrays"), found, ids=[name for name, _, _ in found])
+
+
+def tensors(arrays: Arrays) -> State:
+    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+
+
+def close(computed: Tensor, stored: Tensor, tolerance: dict[str, float], name: str) -> None:
+    torch.testing.assert_close(
+        computed.detach().to(stored.dtype).reshape(stored.shape),
+        stored,
+        **tolerance,
+        msg=lambda text: f"{name}: {text}",
+    )
+
+
+class Stored:
+    """Hands out written-down noise in place of random numbers; what was not drawn then has no effect and is 0.5."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.left = torch.cat([part.double().reshape(-1) for part in parts]) if parts else torch.empty(0)
+
+    def __call__(self, count: int, *, device: Any, dtype: torch.dtype) -> Tensor:
+        drawn, self.left = self.left[:count], self.left[count:]
+        return nn.functional.pad(drawn, (0, count - len(drawn)), value=0.5).to(dtype)
+
+
+FIXED = {"fixed_8bit": (8, 8), "fixed_4bit": (4, 4), "fixed_48bit": (4, 8)}
+
+
+def fixed_bits(settings: Settings, *, activation: bool = False) -> int | None:
+    """The width that a case's flags fix."""
+    for flag, widths in FIXED.items():
+        if settings.get(flag):
+            return widths[activation]
+    return UNQUANTIZED if settings.get("prune_only") else None
+
+
+def prunes(settings: Settings) -> bool:
+    """Whether channel gates act: not with a fixed width, unless pruning is all that is learned."""
+    fixed = any(settings.get(flag) for flag in FIXED)
+    return bool(settings.get("pruning")) and (not fixed or bool(settings.get("prune_only")))
+
+
+def quantizer_of(settings: Settings, stored: State, prefix: str = "") -> GatedQuantizer:
+    """One quantizer with the stored range and logits."""
+    channels = len(stored[f"{prefix}gamma_2"]) if f"{prefix}gamma_2" in stored and prunes(settings) else 0
+    quantizer = GatedQuantizer(
+        signed=settings["signed"],
+        channels=channels,
+        bits=fixed_bits(settings),
+        noise=None if settings.get("gating_method") == "fixed" else Stored(),
+    ).to(DTYPES[settings["dtype"]])
+    fill(quantizer, {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)})
+    return quantizer
+
+
+def fill(quantizer: GatedQuantizer, values: State) -> None:
+    """Set range and logits from what is stored under the published names."""
+    places = {"x_max": "clip_max", "gammas": "gate_logits", "gamma_2": "pruning_logits"}
+    for name, place in places.items():
+        parameter = getattr(quantizer, place)
+        if name in values and parameter is not None:
+            parameter.data.copy_(values[name].reshape(parameter.shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates
+
+
+@listed("gates.npz", lambda name, settings: name == "probabilities")
+def test_a_logit_gives_the_published_probabilities_and_gates_of_tests(name, settings, arrays):
+    stored = tensors(arrays)
+    logits = stored["logit"]
+    close(probability_open(logits), stored["p_open"], EXACT, "p_open")
+    close(1 - probability_open(logits), stored["p_closed"], EXACT, "p_closed")
+    assert torch.equal((logits > OPEN_ABOVE).to(torch.uint8), stored["open_at_test"])
+    close(hard_concrete(logits, torch.full_like(logits, 0.5)), stored["deterministic"], EXACT, "deterministic")
+
+
+@listed("gates.npz", lambda name, settings: name == "samples")
+def test_noise_gives_the_published_gates_and_their_slopes(name, settings, arrays):
+    stored = tensors(arrays)
+    logits = stored["logit"].clone().requires_grad_()
+    gates = hard_concrete(logits, stored["u"].double())
+    gates.sum().backward()
+    close(gates, stored["z"], EXACT, "z")
+    assert logits.grad is not None
+    close(logits.grad, stored["dz"], EXACT, "dz")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One quantizer
+
+
+def is_frozen(name: str, settings: Settings) -> bool:
+    return "bits" in settings
+
+
+def tolerance_of_frozen(settings: Settings, stored: State) -> dict[str, float]:
+    """In float32 a code of 16 or 32 bits may differ by one."""
+    if settings["dtype"] == "f64" or settings["bits"] < 16:
+        return ONE_LAYER[settings["dtype"]]
+    step = float(stored["x_max"]) * (2 if settings["signed"] else 1) / (2 ** settings["bits"] - 1)
+    return {"rtol": 0.0, "atol": max(step * 1.01, 3e-6)}
+
+
+def frozen_quantizer(settings: Settings, stored: State) -> GatedQuantizer:
+    mask = stored.get("mask")
+    gates = {} if mask is None else {"gamma_2": torch.where(mask > 0, 6.0, -6.0)}
+    quantizer = quantizer_of({**settings, "pruning": True}, {**stored, **gates})
+    quantizer.set_bits(settings["bits"])
+    assert quantizer.bits == settings["bits"]
+    quantizer.frozen = True
+    return quantizer
+
+
+@listed("quantizer_eval.npz", lambda name, settings: not is_frozen(name, settings))
+def test_a_quantizer_gives_the_published_values_of_tests(kernels, name, settings, arrays):
+    stored = tensors(arrays)
+    variants = settings.get("gate_logits", {"": [6.0] * 4})
+    for label, logits in variants.items():
+        quantizer = quantizer_of(settings, {**stored, "gammas": torch.tensor(logits)}).eval()
+        output = "out_" + label if label else "out"
+        y = quantizer(stored["x"].to(DTYPES[settings["dtype"]]))
+        close(y, stored.pop(output), ONE_LAYER[settings["dtype"]], f"{name} {output}")
+        if "gate_2" in stored:
+            close(quantizer.channel_gates(), stored["gate_2"], EXACT, "gate_2")
+    assert set(stored) - {"x", "x_max", "gamma_2", "gate_2"} == set()
+
+
+@listed("quantizer_eval.npz", is_frozen)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_quantizer_gives_the_published_values(kernels, training, name, settings, arrays):
+    stored = tensors(arrays)
+    y = frozen_quantizer(settings, stored).train(training)(stored["x"].to(DTYPES[settings["dtype"]]))
+    close(y, stored["out"], tolerance_of_frozen(settings, stored), name)
+
+
+def backward(quantizer: nn.Module, x: Tensor, upstream: Tensor) -> State:
+    """Output and gradients under their published names; a parameter without effect has the gradient zero."""
+    x = x.clone().requires_grad_()
+    y = quantizer(x)
+    y.backward(upstream.to(y.dtype))
+    assert x.grad is not None
+    return {"out": y, "d_x": x.grad, **{f"d_{name}": grad for name, grad in gradients(quantizer).items()}}
+
+
+def gradients(quantizer: Any) -> State:
+    places = {"x_max": "clip_max", "gammas": "gate_logits", "gamma_2": "pruning_logits"}
+    found = {name: getattr(quantizer, place) for name, place in places.items()}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in found.items() if p is not None}
+
+
+@listed("quantizer_train.npz", lambda name, settings: not is_frozen(name, settings))
+def test_a_quantizer_gives_the_published_gates_values_and_gradients(kernels, name, settings, arrays):
+    stored = tensors(arrays)
+    quantizer = quantizer_of(settings, stored)
+    noise = {level: stored.pop(f"u_{level}") for level in LEVELS if f"u_{level}" in stored}
+    of_levels, of_channels = (
+        [u for level, u in noise.items() if level > 2],
+        [u for level, u in noise.items() if level == 2],
+    )
+    kind = settings["dtype"]
+
+    def replay(*parts: Tensor) -> None:
+        quantizer.noise = None if settings.get("gating_method") == "fixed" else Stored(*parts)
+
+    replay(*of_levels)
+    gates = quantizer.gates().detach()
+    for position, level in enumerate(LEVELS[1:]):
+        gate = stored.pop(f"z_{level}", torch.zeros(1))
+        if quantizer.fixed_bits is None:
+            close(gates[position], gate, ONE_LAYER[kind], f"z_{level}")
+    replay(*(of_channels if quantizer.pruning_logits is not None else []), *of_levels)
+    computed = backward(quantizer, stored["x"].to(DTYPES[kind]), stored["upstream"])
+    if quantizer.pruning_logits is not None:
+        replay(*of_channels)
+        computed["z_2"] = quantizer.channel_gates()
+    given = {"x", "x_max", "upstream", "gammas", "gamma_2"}
+    for key in sorted(set(stored) - given):
+        close(computed[key], stored[key], (ONE_LAYER if key == "out" else ONE_LAYER_GRADIENT)[kind], f"{name} {key}")
+
+
+@listed("quantizer_train.npz", is_frozen)
+def test_a_frozen_quantizer_gives_the_published_gradients(kernels, name, settings, arrays):
+    stored = tensors(arrays)
+    dtype = DTYPES[settings["dtype"]]
+    computed = backward(frozen_quantizer(settings, stored), stored["x"].to(dtype), stored["upstream"])
+    for key in ("out", "d_x", "d_x_max"):
+        close(computed[key], stored[key], ONE_LAYER_GRADIENT[settings["dtype"]], f"{name} {key}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def folded_layer(
+    weight: Tensor, quantizer: GatedQuantizer, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> tuple[Any, gated_norm.FoldedNorm]:
+    """A folded layer for weights of a shape, and the norm that holds its statistics."""
+    norm: Any
+    layer: nn.Module
+    if weight.dim() == 4:
+        outputs, inputs, *kernel = weight.shape
+        layer = nn.Conv2d(inputs * groups, outputs, tuple(kernel), stride, padding, groups=groups, bias=False)
+        norm = nn.BatchNorm2d(outputs)
+    else:
+        layer, norm = nn.Linear(weight.shape[1], weight.shape[0], bias=False), nn.BatchNorm1d(weight.shape[0])
+    return gated_norm.folded(layer, norm, quantizer, None)
+
+
+class Folded(nn.Module):
+    """One published layer: folded batch norm, activation, quantizer of what it makes."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, activation: nn.Module, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm, self.activation, self.activation_quantizer = layer, norm, activation, quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation_quantizer(self.activation(self.norm(self.layer(x))))
+
+
+def fill_layer(layer: nn.Module, norm: Any, values: State) -> None:
+    """Weights, and batch norm under its published names."""
+    places = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
+    with torch.no_grad():
+        layer.weight.copy_(values["weight"])
+        for name, place in places.items():
+            getattr(norm, place).copy_(values[name])
+
+
+@listed("folded_bn.npz", lambda name, settings: "kind" in settings)
+def test_a_folded_layer_gives_the_published_outputs_gradients_and_statistics(name, settings, arrays):
+    stored = tensors(arrays)
+    quantized = {"signed": True, "dtype": settings["dtype"], "pruning": settings["pruning"]}
+    if settings["quantized"]:
+        weights = quantizer_of(quantized, stored, "q/weight:")
+        reads = quantizer_of({**quantized, "signed": False}, stored, "q/act:")
+    else:
+        weights, reads = (GatedQuantizer(signed=True, bits=UNQUANTIZED) for _ in range(2))
+    layer, norm = folded_layer(
+        stored["weight"], weights, stride=settings["stride"], padding=settings["padding"], groups=settings["groups"]
+    )
+    activation = {"relu": nn.ReLU(), "relu6": nn.ReLU6()}[settings["activation"]]
+    block = Folded(layer, norm, activation, reads).to(DTYPES[settings["dtype"]])
+    assert (norm.eps, norm.momentum) == (settings["eps"], settings["momentum"])
+    fill_layer(layer, norm, stored)
+    tolerance = ONE_LAYER_GRADIENT[settings["dtype"]]
+    x = stored["x"].to(DTYPES[settings["dtype"]])
+    close(block.eval()(x), stored["eval_out"], ONE_LAYER[settings["dtype"]], "eval_out")
+    for role, quantizer in (("weight", weights), ("act", reads)):
+        drawn = [
+            stored[f"noise/{role}:u_{level}"] for level in (2, 4, 8, 16, 32) if f"noise/{role}:u_{level}" in stored
+        ]
+        quantizer.noise = Stored(*drawn)
+    x = x.requires_grad_()
+    y = block.train()(x)
+    y.backward(stored["upstream"].to(y.dtype))
+    assert x.grad is not None
+    computed = {
+        "out": y,
+        "d_x": x.grad,
+        "d_weight": layer.weight.grad,
+        "d_gamma": norm.weight.grad,
+        "d_beta": norm.bias.grad,
+        "running_mean_after": norm.running_mean,
+        "running_var_after": norm.running_var,
+    }
+    for role, quantizer in (("weight", weights), ("act", reads)):
+        computed |= {f"d_q/{role}:{key}": value for key, value in gradients(quantizer).items()}
+    given = {"x", "weight", "gamma", "beta", "running_mean", "running_var", "eval_out", "upstream"}
+    for key in sorted(set(stored) - given):
+        if not key.startswith(("q/", "noise/")):
+            close(computed[key], stored[key], tolerance, f"{name} {key}")
+
+
+class ResidualBlock(nn.Module):
+    """The published block: both tensors that enter the sum are quantized where they are made."""
+
+    def __init__(self, main: nn.Module, shortcut: nn.Module, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.main, self.shortcut, self.activation_quantizer = main, shortcut, quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation_quantizer(torch.relu(self.main(x) + self.shortcut(x)))
+
+
+@listed("folded_bn.npz", lambda name, settings: "kind" not in settings)
+def test_a_residual_block_gives_the_published_output_with_quantized_sums(name, settings, arrays):
+    stored = {key.removeprefix("param/"): value for key, value in tensors(arrays).items()}
+
+    def quantizer(place: str) -> GatedQuantizer:
+        described = {"signed": settings["signed"][place], "dtype": settings["dtype"], "pruning": True}
+        made = quantizer_of(described, stored, f"{place}:")
+        assert made.bits == settings["bits"][place]
+        return made
+
+    def folded(place: str, activation: nn.Module, **shape: int) -> nn.Module:
+        weight = stored[f"{place}.weight"]
+        layer, norm = folded_layer(weight, quantizer(f"{place}.weight_quantizer"), **shape)
+        fill_layer(layer, norm, {key.removeprefix(f"{place}."): value for key, value in stored.items()})
+        block = nn.Sequential(layer, norm, activation)
+        quantize_output(block, quantizer(f"{place}.activation_quantizer"))
+        return block
+
+    main = nn.Sequential(
+        folded("features.0", nn.ReLU(), stride=settings["stride"], padding=1),
+        folded("features.1", nn.Identity(), padding=1),
+    )
+    shortcut = nn.Identity()
+    if "downsample.0.weight" in stored:
+        shortcut = folded("downsample.0", nn.Identity(), stride=settings["stride"])
+    block = ResidualBlock(main, shortcut, quantizer("activation_quantizer")).to(DTYPES[settings["dtype"]]).eval()
+    y = block(stored["x"].to(DTYPES[settings["dtype"]]))
+    close(y, stored["eval_out"], ONE_LAYER[settings["dtype"]], name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Penalty and bit operations of whole networks
+
+
+def network_quantizers(network: str, names: list[str], pruning: bool, **fields: Any) -> dict[str, GatedQuantizer]:
+    """The quantizers of a network as the index describes them, in double precision."""
+    described = index(METHOD)["networks"][network]
+    found = {}
+    for name in names:
+        entry = described["live_quantizers"][name]
+        found[name] = GatedQuantizer(
+            signed=entry["signed"],
+            channels=entry["prunable_channels"] if pruning else 0,
+            macs_share=None if entry["macs"] is None else entry["macs"] / described["max_macs"],
+            **fields,
+        ).double()
+    return found
+
+
+def readme_logits(text: str) -> dict[str, Tensor]:
+    """`all gamma_2=6, (g4,g8,g16,g32)=(6, 6, -6, -6)`"""
+    numbers = re.fullmatch(r"all gamma_2=(\S+), \(g4,g8,g16,g32\)=\((.*)\)", text)
+    assert numbers is not None
+    return {
+        "gamma_2": torch.tensor(float(numbers[1])),
+        "gammas": torch.tensor([float(number) for number in numbers[2].split(",")]),
+    }
+
+
+def fill_by_name(quantizers: dict[str, GatedQuantizer], stored: State, default: State) -> None:
+    for name, quantizer in quantizers.items():
+        values = {key: stored.get(f"{name}:{key}", default.get(key)) for key in ("gammas", "gamma_2", "x_max")}
+        for key, value in values.items():
+            if value is not None and key == "gamma_2" and quantizer.pruning_logits is not None:
+                quantizer.pruning_logits.data.copy_(value)
+            elif value is not None and key != "gamma_2":
+                fill(quantizer, {key: value})
+
+
+@listed("penalty.npz")
+def test_a_network_gives_the_published_penalty_and_gradients(name, settings, arrays):
+    stored = tensors(arrays)
+    quantizers = network_quantizers(settings["network"], settings["quantizers"], settings["pruning"])
+    default = {} if settings["gammas"] == "stored" else readme_logits(settings["gammas"])
+    fill_by_name(quantizers, stored, default)
+    for quantizer in quantizers.values():
+        if settings["reg_type"] == "const":
+            quantizer.macs_share = None
+    each = penalties(list(quantizers.values()))
+    close(each, stored.pop("per_quantizer"), EXACT, "per_quantizer")
+    close(each.sum(), stored.pop("penalty"), EXACT, "penalty")
+    each.sum().backward()
+    for key in (key for key in stored if ":d_" in key):
+        quantizer, _, what = key.partition(":d_")
+        close(gradients(quantizers[quantizer])[what], stored[key], EXACT, key)
+
+
+def input_factors(network: str, weights: list[str], output_keep: dict[str, float]) -> list[float]:
+    """Share of the channels that each layer reads, where the published count tracks it."""
+    factors = []
+    for position, name in enumerate(weights):
+        before = weights[position - 1] if position else None
+        if network == "resnet18":
+            before = name.replace("features.1.weight", "features.0.weight") if "features.1.weight" in name else None
+        if network == "mobilenetv2":
+            before = None
+        factors.append(1.0 if before is None else output_keep[before])
+    return factors
+
+
+def relative_bops(network: dict[str, Any], weights: dict[str, tuple[int, float]], activations: dict[str, int]) -> float:
+    """Percent of the bit operations at 32 x 32, from (width, share of the MACs) of each weight."""
+    total = 0.0
+    for group in network["groups"]:
+        reads = activations.get(group["activation"], 8)
+        for name in group["weights"]:
+            width, keep = weights[name]
+            total += network["macs_per_layer"][name.removesuffix(".weight_quantizer")] * width * reads * keep
+    return 100 * total / (1024 * sum(network["macs_per_layer"].values()))
+
+
+@listed("bops.npz")
+def test_gates_give_the_published_widths_channels_and_bit_operations(name, settings, arrays):
+    stored = tensors(arrays)
+    network = index(METHOD)["networks"][settings["network"]]
+    names = [*settings["weights"], *settings["activations"]]
+    quantizers = network_quantizers(settings["network"], names, settings["pruning"])
+    spec = settings["spec"]
+    for role in ("weights", "activations"):
+        logits = spec[role[0]]
+        for position, place in enumerate(settings[role]):
+            if isinstance(logits, list):
+                fill(quantizers[place], {"gammas": torch.tensor(logits)})
+            elif logits == "bits":
+                quantizers[place].set_bits(int(stored[{"w": "weight_bits", "a": "act_bits"}[role[0]]][position]))
+    fill_by_name(quantizers, stored, {})
+    output_keep = {place: quantizers[place].open_share() for place in settings["weights"]}
+    factors = input_factors(settings["network"], settings["weights"], output_keep)
+    keep = [output_keep[place] * factor for place, factor in zip(settings["weights"], factors, strict=True)]
+    assert [quantizers[place].bits for place in settings["weights"]] == stored["weight_bits"].tolist()
+    assert [quantizers[place].bits for place in settings["activations"]] == stored["act_bits"].tolist()
+    close(torch.tensor(keep, dtype=torch.float64), stored["keep"], EXACT, "keep")
+    weights = {place: (quantizers[place].bits, share) for place, share in zip(settings["weights"], keep, strict=True)}
+    activations = {place: quantizers[place].bits for place in settings["activations"]}
+    percent = relative_bops(network, weights, activations)
+    close(torch.tensor([percent], dtype=torch.float64), stored["rel_bops_percent"], EXACT, "rel_bops_percent")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Net(nn.Module):
+    """A golden network, from a description such as `conv3x3(1,3) relu pool2 fc(16,8) relu fc(8,10); no padding`.
+
+    Its modules have the names of the golden set: `features.0`, `classifier.1`.
+    """
+
+    def __init__(self, layers: str, quantizer: Callable[[str, int], GatedQuantizer]) -> None:
+        super().__init__()
+        self.features, self.classifier = nn.ModuleList(), nn.ModuleList()
+        tokens = layers.partition(";")[0].split()
+        for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
+            kind, *rest = re.findall(r"[a-zA-Z]+|\d+", token)
+            numbers = [int(number) for number in rest if number.isdigit()]
+            part = self.classifier if kind.startswith("fc") else self.features
+            place = f"{'classifier' if kind.startswith('fc') else 'features'}.{len(part)}"
+            if kind == "pool":
+                part.append(nn.MaxPool2d(numbers[0]))
+            elif kind != "relu":
+                part.append(GoldenLayer(kind, numbers, place, quantizer, acts=following == "relu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.features:
+            x = module(x)
+        x = x.flatten(1)
+        for module in self.classifier:
+            x = module(x)
+        return x
+
+    def named_layers(self) -> Iterator[tuple[str, "GoldenLayer"]]:
+        for name, module in self.named_modules():
+            if isinstance(module, GoldenLayer):
+                yield name, module
+
+
+class GoldenLayer(nn.Module):
+    """One layer with its batch norm, if it has one, and where it acts ReLU and a quantizer of what it makes."""
+
+    def __init__(
+        self, kind: str, numbers: list[int], place: str, quantizer: Callable[[str, int], GatedQuantizer], *, acts: bool
+    ) -> None:
+        super().__init__()
+        plain: nn.Module
+        norm: Any
+        if kind.startswith("fc"):
+            inputs, outputs = numbers
+            plain, norm = nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs)
+        else:
+            side, _, inputs, outputs, *padding = numbers
+            plain, norm = nn.Conv2d(inputs, outputs, side, padding=sum(padding)), nn.BatchNorm2d(outputs)
+        weights = quantizer(f"{place}.weight_quantizer", outputs)
+        self.layer: Any
+        self.norm: Any = nn.Identity()
+        if kind.endswith("BN"):
+            plain.bias = None
+            self.layer, self.norm = gated_norm.folded(plain, norm, weights, None)
+        else:
+            made: Any = modules.QuantizedLinear if kind.startswith("fc") else modules.QuantizedConv2d
+            self.layer = made(plain, weights, None)
+        self.activation_quantizer = quantizer(f"{place}.activation_quantizer", 0) if acts else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.layer(x))
+        return x if self.activation_quantizer is None else self.activation_quantizer(torch.relu(x))
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Parameters and statistics under their published names."""
+        found = {"weight": self.layer.weight}
+        if self.layer.bias is not None:
+            found["bias"] = self.layer.bias
+        elif isinstance(self.norm, gated_norm.FoldedNorm):
+            found |= {"gamma": self.norm.weight, "beta": self.norm.bias}
+            found |= {"running_mean": self.norm.running_mean, "running_var": self.norm.running_var}
+        roles = {"weight_quantizer": self.layer.weight_quantizer, "activation_quantizer": self.activation_quantizer}
+        places = {"x_max": "clip_max", "gammas": "gate_logits", "gamma_2": "pruning_logits"}
+        for role, quantizer in roles.items():
+            for name, place in places.items():
+                if quantizer is not None and getattr(quantizer, place) is not None:
+                    found[f"{role}:{name}"] = getattr(quantizer, place)
+        return found
+
+
+def state_of(net: Net) -> dict[str, Tensor]:
+    return {
+        f"{place}.{name}": value for place, layer in net.named_layers() for name, value in layer.named_state().items()
+    }
+
+
+def load(net: Net, stored: State) -> None:
+    """Fill the whole net; every stored value has a place."""
+    places = state_of(net)
+    assert set(stored) == set(places)
+    for name, value in stored.items():
+        places[name].data.copy_(value.reshape(places[name].shape))
+
+
+def quantizers_of(net: Net) -> dict[str, GatedQuantizer]:
+    found = {}
+    for place, layer in net.named_layers():
+        found[f"{place}.weight_quantizer"] = layer.layer.weight_quantizer
+        if layer.activation_quantizer is not None:
+            found[f"{place}.activation_quantizer"] = layer.activation_quantizer
+    return found
+
+
+def macs_of(settings: Settings) -> dict[str, int]:
+    """MACs of the layers that read each tensor: of its own layer for weights, of the next for what a layer makes."""
+    macs = settings["macs"]
+    own = {f"{place}.weight_quantizer": count for place, count in macs.items()}
+    following = zip(macs, list(macs.values())[1:], strict=False)
+    return own | {f"{place}.activation_quantizer": count for place, count in following}
+
+
+def golden_net(settings: Settings, layers: str, *, pruned: bool, gate_init: list[float]) -> Net:
+    macs = macs_of(settings) if "macs" in settings else {}
+    weights = [token for token in layers.partition(";")[0].split() if token.startswith(("conv", "fc"))]
+    made: list[str] = []
+
+    def quantizer(place: str, channels: int) -> GatedQuantizer:
+        activation = place.endswith("activation_quantizer")
+        made.extend([] if activation else [place])
+        return GatedQuantizer(
+            signed=not activation,
+            channels=channels if pruned and len(made) < len(weights) and not activation else 0,
+            gate_init=gate_init,
+            bits=fixed_bits(settings, activation=activation),
+            macs_share=macs[place] / max(settings["macs"].values()) if macs else None,
+            noise=Stored(),
+        )
+
+    net = Net(layers, quantizer).to(DTYPES[settings["dtype"]])
+    signs = settings["signed"]
+    expected = dict(zip(settings["quantizers"], signs, strict=True)) if isinstance(signs, list) else signs
+    assert {name: quantizer.signed for name, quantizer in quantizers_of(net).items()} == expected
+    return net
+
+
+def under(stored: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+
+
+def give_noise(net: Net, stored: State, prefix: str) -> None:
+    noise = under(stored, prefix)
+    for name, quantizer in quantizers_of(net).items():
+        quantizer.noise = Stored(noise[name])
+
+
+def optimizers_of(method: Method, net: Net, settings: Settings) -> Optimizers:
+    """The published rates: 0.001 for all, or what the case says of the weights."""
+    sgd = settings.get("optimizer_weights") == "SGD"
+    config = Optimizer(
+        name="sgd" if sgd else "adam",
+        lr=settings.get("lr_weights", 1e-3),
+        momentum=0.9,
+        nesterov=sgd,
+        weight_decay=0.0,
+        schedule="constant",
+    )
+    return Optimizers(method.groups(net), config)
+
+
+def observed_step(method: Method, net: Net, x: Tensor, y: Tensor, optimizers: Optimizers) -> State:
+    """One step of the training loop: logits, losses and gradients under their published names."""
+    seen: list[Tensor] = []
+    hook = net.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    live = [quantizer for quantizer in quantizers_of(net).values() if not quantizer.frozen]
+    penalty = penalties(live).sum().detach() if live else torch.zeros(())
+    total = training_step(method, net, net, x, y, optimizers)
+    hook.remove()
+    entropy = nn.functional.cross_entropy(seen[0], y)
+    computed = {"logits": seen[0], "losses": torch.stack([entropy, penalty.to(entropy.dtype), total.to(entropy.dtype)])}
+    for name, value in state_of(net).items():
+        if isinstance(value, nn.Parameter):
+            computed[f"grad/{name}"] = torch.zeros_like(value) if value.grad is None else value.grad
+        computed[f"after/{name}"] = value.detach()
+    return computed
+
+
+def hashed(salt: int, bound: float, shape: list[int]) -> Tensor:
+    """Weights that the index describes by a hash of their position (`conventions`, `hash_weights`)."""
+    h = np.arange(int(np.prod(shape)), dtype=np.uint64) + np.uint64(salt)
+    mask, low = np.uint64(0xFFFFFFFF), np.uint64
+    h &= mask
+    h ^= h >> low(16)
+    h = (h * low(0x7FEB352D)) & mask
+    h ^= h >> low(15)
+    h = (h * low(0x846CA68B)) & mask
+    h ^= h >> low(16)
+    u = h.astype(np.float64) / 2**32
+    return torch.from_numpy((bound * (2 * u - 1)).astype(np.float32).reshape(shape))
+
+
+def compare_step(stored: State, computed: State, settings: Settings, what: str) -> None:
+    """Everything stored of a step is computed alike; of large tensors, samples and sums are stored."""
+    kind, stride = settings["dtype"], settings.get("subsample_stride", 1)
+    for key, value in stored.items():
+        part, _, name = key.partition("/")
+        tolerance = (AFTER_ADAM if part.startswith("after") else TRAINING)[kind]
+        if part.endswith("_sub"):
+            found = computed[f"{part.removesuffix('_sub')}/{name}"].flatten()[::stride]
+        elif part == "grad_stats":
+            grad = computed[f"grad/{name}"]
+            found = torch.stack([grad.sum(), grad.norm(), grad.abs().max()])
+        else:
+            found = computed[key]
+        close(found, value, tolerance, f"{what} {key}")
+
+
+def percent_of(net: Net, settings: Settings) -> Tensor:
+    """Relative bit operations of the net in tests."""
+    found = quantizers_of(net)
+    weights = [f"{place}.weight_quantizer" for place in settings["macs"]]
+    keep = {name: found[name].open_share() for name in weights}
+    factors = input_factors("lenet5", weights, keep)
+    reads = [None, *(f"{place}.activation_quantizer" for place in settings["macs"])]
+    network = {
+        "groups": [{"activation": act, "weights": [name]} for act, name in zip(reads, weights, strict=False)],
+        "macs_per_layer": settings["macs"],
+    }
+    shares = {name: (found[name].bits, keep[name] * factor) for name, factor in zip(weights, factors, strict=True)}
+    widths = {name: quantizer.bits for name, quantizer in found.items()}
+    return torch.tensor([relative_bops(network, shares, widths)], dtype=torch.float64)
+
+
+LENET5 = "conv5x5(1,32) relu pool2 conv5x5(32,64) relu pool2 fc(1024,512) relu fc(512,10)"
+
+
+def is_training(name: str, settings: Settings) -> bool:
+    return "lambda" in settings
+
+
+def start_of(settings: Settings, stored: State) -> Net:
+    """The net before its first step."""
+    pruned = any(name.endswith("gamma_2") for name in stored)
+    net = golden_net(settings, settings.get("layers", LENET5), pruned=pruned, gate_init=[0.0] * 4)
+    made = {name: hashed(**how) for name, how in settings.get("hash_weights", {}).items()}
+    initial = under(stored, "init/")
+    assert all(torch.equal(initial[name], made[name]) for name in set(initial) & set(made))
+    load(net, made | initial)
+    return net
+
+
+def check_training(settings: Settings, stored: State) -> None:
+    """Every step, and the net in tests after the last one."""
+    net, kind = start_of(settings, stored), settings["dtype"]
+    method = Method(Method.Settings(penalty_strength=settings["lambda"]))
+    optimizers = optimizers_of(method, net, settings)
+    x = stored["x"].to(DTYPES[kind])
+    for step in sorted({name.split("/")[0] for name in stored if name.startswith("step")}):
+        give_noise(net, stored, f"{step}/noise/")
+        computed = observed_step(method, net.train(), x, stored["y"], optimizers)
+        wanted = {key: value for key, value in under(stored, f"{step}/").items() if not key.startswith("noise/")}
+        compare_step(wanted, computed, settings, step)
+    with torch.no_grad():
+        close(net.eval()(x), stored["eval_after/logits"], TEST_AFTER_ADAM[kind], "eval_after/logits")
+    close(percent_of(net, settings), stored["eval_after/rel_bops_percent"], EXACT, "rel_bops_percent")
+
+
+@listed("train_steps.npz", is_training)
+def test_training_steps_give_the_published_losses_gradients_and_parameters(kernels, name, settings, arrays):
+    check_training(settings, tensors(arrays))
+
+
+@listed("train_step_lenet5.npz", is_training)
+def test_a_step_of_lenet5_gives_the_published_losses_gradients_and_parameters(name, settings, arrays):
+    check_training(settings, tensors(arrays))
+
+
+@listed("train_steps.npz", lambda name, settings: "gate_init" in settings)
+def test_calibration_as_published_starts_ranges_and_statistics_alike(name, settings, arrays):
+    stored = tensors(arrays)
+    ((_, sibling, _),) = [case for case in cases(METHOD, "train_steps.npz") if f"calibration_{case[0]}" == name]
+    described = {**sibling, **settings}
+    net = golden_net(described, sibling["layers"], pruned=True, gate_init=settings["gate_init"])
+    assert settings["pruning_init"] == PRUNING_INIT
+    for place, layer in net.named_layers():
+        for key, value in under(stored, f"weights/{place}.").items():
+            layer.named_state()[key].data.copy_(value)
+    give_noise(net, stored, "noise/")
+    method = Method(Method.Settings(calibration="published"))
+    method.calibrate(net, stored["x"].to(DTYPES[settings["dtype"]]))
+    found = quantizers_of(net)
+    ranges = torch.stack([found[place].clip_max.detach() for place in settings["quantizers"]])
+    close(ranges, stored["x_max"], TRAINING[settings["dtype"]], "x_max")
+    for key, value in under(stored, "after/").items():
+        close(state_of(net)[key], value, TRAINING[settings["dtype"]], key)
+
+
+@listed("train_steps.npz", lambda name, settings: name.startswith("freeze_"))
+def test_freezing_and_a_step_of_fine_tuning_give_the_published_network(name, settings, arrays):
+    stored = tensors(arrays)
+    source, step = re.search(r"(\S+)/(step\d+)/after", settings["start"]).groups()  # type: ignore[union-attr]
+    ((_, before, first),) = [case for case in cases(METHOD, "train_steps.npz") if case[0] == source]
+    start = tensors(first)
+    net = golden_net(before, before["layers"], pruned=True, gate_init=[0.0] * 4)
+    load(net, under(start, f"{step}/after/"))
+    x, kind = start["x"].to(DTYPES[settings["dtype"]]), settings["dtype"]
+    assert {name: quantizer.bits for name, quantizer in quantizers_of(net).items()} == settings["bits"]
+    close(net.eval()(x), stored["before/logits"], TRAINING[kind], "before/logits")
+    method = Method(Method.Settings(scale_lr=1e-4))
+    method.freeze(net)
+    close(net(x), stored["after/logits"], TRAINING[kind], "after/logits")
+    for place, mask in under(stored, "mask/").items():
+        close(quantizers_of(net)[place].channel_gates(), mask, EXACT, place)
+    for key, value in under(stored, "after/").items():
+        if key != "logits":
+            close(state_of(net)[key], value, TRAINING[kind], f"after/{key}")
+    config = Optimizer(name="sgd", lr=1e-4, momentum=0.9, nesterov=True, weight_decay=0.0)
+    computed = observed_step(method, net.train(), x, start["y"], Optimizers(method.groups(net), config))
+    computed["loss"] = computed["losses"][2]
+    compare_step(under(stored, "step1/"), computed, settings, "step1")
+
+
+def test_every_file_and_case_of_the_index_is_put_through_a_test():
+    known = {
+        "quantizer_eval.npz",
+        "quantizer_train.npz",
+        "gates.npz",
+        "penalty.npz",
+        "bops.npz",
+        "folded_bn.npz",
+        "train_steps.npz",
+        "train_step_lenet5.npz",
+    }
+    assert set(index(METHOD)["files"]) == known
+    for name, settings, _ in cases(METHOD, "train_steps.npz"):
+        assert is_training(name, settings) or "gate_init" in settings or name.startswith("freeze_"), name

@@ -1,0 +1,160 @@
+"""Batch norm with a set for each width (switchable batch norm, Yu et al. 2019, arXiv:1812.08928), all in one module.
+
+The sets are rows of stacked parameters and buffers, and the row in use is data, so one graph serves all widths. A state
+without rows, such as that of the float network, loads into every row; one with fewer rows loads into the first ones.
+
+With several ranks the statistics are those of the batch of all of them: a joint step of two ranks is that of one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainables import world
+from trainables.quantize import _by_number
+
+
+class SwitchableNorm(_BatchNorm):
+    """A batch norm over dimension 1 whose scale, shift and statistics are those of one of several sets.
+
+    Args:
+        norm: what it replaces; every set starts with its values.
+        sets: how many sets of statistics.
+        shared_affine: one scale and shift for all sets.
+
+    Attributes:
+        index: the set in use; shape ().
+        weight, bias: shape (sets, channels), shared (channels,).
+        running_mean, running_var: shape (sets, channels).
+        num_batches_tracked: shape (sets,).
+    """
+
+    index: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, norm: _BatchNorm, sets: int, *, shared_affine: bool = False) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.register_buffer("index", torch.zeros((), dtype=torch.long))
+        self.shared_affine = shared_affine
+        for name, value in [*norm.named_parameters(), *norm.named_buffers()]:
+            rows = value if shared_affine and name in ("weight", "bias") else torch.stack([value.data] * sets)
+            parameter = isinstance(value, nn.Parameter)
+            setattr(self, name, nn.Parameter(rows.data.clone()) if parameter else rows)
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises (batch, channels, ...) with the set in use."""
+        if not _by_number(x):
+            return self._forward_by_tensor(x)
+        row = int(self.index)
+        weight, bias = (p if self.shared_affine else p[row] for p in (self.weight, self.bias))
+        if self.training:
+            self.num_batches_tracked[row] += 1
+        return self._normalise(x, self.running_mean[row], self.running_var[row], weight, bias, row)
+
+    def _forward_by_tensor(self, x: Tensor) -> Tensor:
+        """The same without reading the index: statistics are copied out and back."""
+        at = self.index.unsqueeze(0)
+        weight, bias = (p if self.shared_affine else p.index_select(0, at)[0] for p in (self.weight, self.bias))
+        mean, var = (b.index_select(0, at)[0] for b in (self.running_mean, self.running_var))
+        if self.training:
+            self.num_batches_tracked.index_add_(0, at, torch.ones_like(at))
+        y = self._normalise(x, mean, var, weight, bias, at)
+        if self.training:
+            self.running_mean.index_copy_(0, at, mean.detach().unsqueeze(0))
+            self.running_var.index_copy_(0, at, var.detach().unsqueeze(0))
+        return y
+
+    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, row: Any) -> Tensor:
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1 / float(self.num_batches_tracked[row])
+        if self.training and world.size() > 1:
+            return _SharedNorm.apply(x, mean, var, weight, bias, momentum, self.eps)
+        return functional.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
+
+    def adopt(self, row: int, source: int) -> None:
+        """Start the set `row` from the values of the set `source`."""
+        with torch.no_grad():
+            for rows in (
+                self.running_mean,
+                self.running_var,
+                *([] if self.shared_affine else [self.weight, self.bias]),
+            ):
+                rows[row] = rows[source]
+            self.num_batches_tracked[row] = 0
+
+    def is_fed(self, row: int) -> bool:
+        """Whether the set `row` has statistics of its own."""
+        return int(self.num_batches_tracked[row]) > 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}index", self.index)
+        load_rows(self, state_dict, prefix, ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Sets and the rest."""
+        return f"sets={len(self.num_batches_tracked)}, {super().extra_repr()}"
+
+
+def load_rows(module: nn.Module, state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]) -> None:
+    """Let values without rows fill every row of the module's own, and values with fewer rows the first ones."""
+    for name in names:
+        own, key = getattr(module, name), prefix + name
+        if key not in state_dict or own is None or own.dim() == 0:
+            continue
+        given = state_dict[key]
+        if given.dim() == own.dim() - 1:
+            state_dict[key] = given.expand_as(own)
+        elif given.shape[1:] == own.shape[1:] and len(given) < len(own):
+            state_dict[key] = torch.cat([given, own.detach()[len(given) :].to(given)])
+
+
+class _SharedNorm(torch.autograd.Function):
+    """Batch norm over the batches of all ranks, which have the same size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float, eps: float
+    ) -> Tensor:
+        ctx.over = [dim for dim in range(x.dim()) if dim != 1]
+        ctx.shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+        var_here, mean_here = torch.var_mean(x, ctx.over, correction=0)
+        first, second = world.mean(torch.stack([mean_here, var_here + mean_here.square()]))
+        spread = (second - first.square()).clamp_min(0)
+        count = x.numel() // x.shape[1] * world.size()
+        mean.lerp_(first, momentum)
+        var.lerp_(spread * (count / max(1, count - 1)), momentum)
+        inverse = torch.rsqrt(spread + eps)
+        normal = (x - first.view(ctx.shape)) * inverse.view(ctx.shape)
+        ctx.save_for_backward(normal, weight, inverse)
+        return normal * weight.view(ctx.shape) + bias.view(ctx.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        normal, weight, inverse = ctx.saved_tensors
+        grad_weight, grad_bias = (g * normal).sum(ctx.over), g.sum(ctx.over)
+        means = world.mean(torch.stack([grad_weight, grad_bias])) / (g.numel() // g.shape[1])
+        along, level = (row.view(ctx.shape) for row in means)
+        grad = (g - level - normal * along) * (weight * inverse).view(ctx.shape)
+        return grad, None, None, grad_weight, grad_bias, None, None
+
+
+def switchable_norms(model: nn.Module) -> list[SwitchableNorm]:
+    """All of a model, in the order of definition."""
+    return [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+
+
+def replace_norms(model: nn.Module, sets: int, *, shared_affine: bool = False) -> None:
+    """Put a switchable one in the place of every batch norm that has scale, shift and statistics, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _BatchNorm) and module.affine and module.track_running_stats:
+            model.set_submodule(name, SwitchableNorm(module, sets, shared_affine=shared_affine))
