@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trainables.cost import Layer
+from trainables.encoding import Encoding
+from trainables.errors import ConfigError
 
 
 class Quantizer(nn.Module):
@@ -60,6 +62,17 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x`, same shape."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it quantizes")
+
+    def encoding(self, x: Tensor | None = None) -> Encoding | None:
+        """What the codes stand for, for exports; None where `forward` changes nothing (32 bits).
+
+        Args:
+            x: the float weights, for quantizers whose scale comes from them; None for activations.
+
+        Raises:
+            ConfigError: the levels are not affine, or the quantizer does not tell.
+        """
+        raise ConfigError(f"{type(self).__name__} has no affine codes that an exported file could hold")
 
 
 def _take(new: "QuantizedLayer", layer: nn.Module, weights: Quantizer, inputs: Quantizer | None) -> None:

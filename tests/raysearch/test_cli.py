@@ -230,6 +230,14 @@ def test_pick_measures_the_test_accuracy(cli: Cli, trained: RunFolder) -> None:
     assert len(trained.tests.read_text().splitlines()) == 1
 
 
+def test_list_with_a_name_prints_its_settings_with_their_defaults(cli: Cli) -> None:
+    outcome = cli("list", "methods", "lsq")
+    assert outcome.code == 0
+    assert "method/per_channel=false  " in outcome.out
+    assert cli("list", "methods", "lqs").code == 2
+    assert cli("list", "spaces", "uniform").err.startswith("error: a search space has no settings")
+
+
 def test_layers_prints_a_table_or_lines_of_a_trial(cli: Cli, trained: RunFolder) -> None:
     trial = json.loads(cli("pick", trained.path, "--json", "--no-test").out)["trial"]
     rows = [json.loads(line) for line in cli("layers", trained.path, trial, "--json").out.splitlines()]

@@ -326,6 +326,16 @@ class Method(Base):
         ]
 
 
+    def details(self, model: nn.Module) -> Mapping[str, Mapping[str, Any]]:
+        """How many output channels of each layer are left, of how many."""
+        found = {}
+        for name, layer in modules.quantized_layers(model):
+            channels = layer.weight.shape[0]
+            kept = round(channels * layer.weight_quantizer.open_share())  # type: ignore[operator]
+            found[name] = {"channels": channels, "channels_left": kept}
+        return found
+
+
 def quantize_output(module: nn.Module, quantizer: GatedQuantizer) -> None:
     """Let `module` quantize what it makes; the quantizer becomes its child `output_quantizer`."""
     module.output_quantizer = quantizer

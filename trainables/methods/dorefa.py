@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from trainables import modules
 from trainables.cost import Layer
+from trainables.encoding import Encoding
 from trainables.method import Method as Base
-from trainables.quantize import dorefa_weight, unit_quantize
+from trainables.quantize import SMALLEST_SCALE, dorefa_weight, unit_quantize
 
 
 class DorefaWeight(modules.Quantizer):
@@ -39,6 +40,18 @@ class DorefaWeight(modules.Quantizer):
         """The quantized weights, any shape."""
         return dorefa_weight(x, self.q_max, variant=self.variant)
 
+    @torch.no_grad()
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Levels from -scale to scale, 0 not among them; the scale is 1 or comes from the weights `x`."""
+        assert x is not None
+        scale = torch.ones((), device=x.device)
+        if self.bits == 1:
+            scale = x.abs().mean()
+        elif self.variant == "C":
+            scale = x.tanh().abs().max().clamp_min(SMALLEST_SCALE)
+        steps = int(self.q_max)
+        return Encoding(bits=self.bits, q_min=0, q_max=steps, scale=scale, divisor=steps / 2, offset=-1.0)
+
 
 class UnitActivation(modules.Quantizer):
     """Equation 11: clip to 0..1 (signed: -1..1), round to equal steps."""
@@ -49,6 +62,12 @@ class UnitActivation(modules.Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape."""
         return unit_quantize(x, self.q_min, self.q_max)
+
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Equal steps of 0..1 (signed: -1..1)."""
+        steps = int(self.q_max)
+        one = torch.ones((), device=self.q_max.device)
+        return Encoding(bits=self.bits, q_min=int(self.q_min), q_max=steps, scale=one, divisor=steps)
 
 
 class Method(Base):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainables import modules, world
 from trainables.cost import Layer
+from trainables.encoding import Encoding
 from trainables.method import Method as Base
 from trainables.method import split_parameters
 from trainables.quantize import SMALLEST_SCALE, codes, fake_quantize
@@ -66,6 +67,11 @@ class LearnedScale(modules.Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, as floats."""
         return codes(x, self._scale_like(x), self.q_min, self.q_max)
+
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Multiples of the scale."""
+        scale = self.scale.detach().clamp_min(SMALLEST_SCALE)
+        return Encoding(bits=self.bits, q_min=int(self.q_min), q_max=int(self.q_max), scale=scale)
 
 
 class Method(Base):

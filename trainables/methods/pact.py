@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trainables import modules, world
 from trainables.cost import Layer
+from trainables.encoding import Encoding
 from trainables.method import Method as Base
 from trainables.method import split_parameters
 from trainables.methods.dorefa import DorefaWeight
@@ -50,6 +51,11 @@ class LearnedClip(modules.Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape."""
         return clip_quantize(x, self.clip_max, self.q_min, self.q_max)
+
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Multiples of `clip_max / q_max`."""
+        scale = self.clip_max.detach().clamp_min(SMALLEST_SCALE) / self.q_max
+        return Encoding(bits=self.bits, q_min=int(self.q_min), q_max=int(self.q_max), scale=scale)
 
 
 class Method(Base):
