@@ -5,9 +5,11 @@ Tensors are named `model/...`, `optimizer/NUMBER/INDEX/KEY` and `rng/...`; every
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -95,13 +97,17 @@ def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load only the model's tensors: a checkpoint of ours, or a plain safetensors state dict.
+    """Load only the model's tensors: a checkpoint of ours, or a state dict as plain safetensors or NumPy's `.npz`.
+
+    The prefix `module.` that data-parallel training leaves on all names is dropped.
 
     Raises:
         ConfigError: names the first missing, unexpected and misshapen tensors.
     """
-    tensors, _ = read(path)
+    tensors = _read_npz(path) if path.suffix == ".npz" else read(path)[0]
     weights = _part(tensors, "model/") or tensors
+    if all(name.startswith("module.") for name in weights):
+        weights = _part(weights, "module.")
     wanted = model.state_dict()
     faults = [f"lacks {name}" for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     faults += [f"has {name}, which the model lacks" for name in sorted(weights) if name not in wanted]
@@ -113,6 +119,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if faults:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(faults[:3])} ({len(faults)} in all)")
     model.load_state_dict(weights, strict=False)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """Arrays by name; those of Python objects, which would have to be unpickled, are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.as_tensor(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"cannot read checkpoint {path}: {error}") from error
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class Start:
     epochs: Annotated[int, Field(ge=0, le=100_000, description="epochs of the float start; 0: from scratch")] = 10
     lr: Annotated[float, Field(gt=0, le=100, description="learning rate of the float start")] = 0.05
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="examples of a step of the float start")] = 64
-    checkpoint: Annotated[str | None, Field(description="safetensors file to start from instead")] = None
+    checkpoint: Annotated[str | None, Field(description="safetensors or npz file to start from instead")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,9 @@ def float_start(
     if config.start.checkpoint is not None:
         path = Path(config.start.checkpoint)
         if not path.is_file():
-            raise ConfigError(f"start/checkpoint = {path}: no such file; give a safetensors file or leave it out")
+            raise ConfigError(
+                f"start/checkpoint = {path}: no such file; give a safetensors or npz file, or leave it out"
+            )
         return path
     if config.start.epochs == 0:
         return None

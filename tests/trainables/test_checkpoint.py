@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -216,3 +217,21 @@ def test_weights_of_another_model_are_refused_with_the_first_faults(tmp_path, ot
     assert f"checkpoint {tmp_path / 'x'} is of another model: " in str(caught.value)
     assert message in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_arrays_of_numpy_load_with_the_prefix_of_data_parallel_training(tmp_path):
+    model, other = network(), network(seed=1)
+    np.savez(tmp_path / "x.npz", **{f"module.{name}": value.numpy() for name, value in model.state_dict().items()})
+    checkpoint.load_weights(tmp_path / "x.npz", other)
+    assert_equal_states(model, other)
+
+
+@pytest.mark.parametrize("content", [{"module.first.weight": np.array([object()])}, b"no archive"])
+def test_arrays_of_objects_and_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(ConfigError, match=f"cannot read checkpoint {path}"):
+        checkpoint.load_weights(path, network())
