@@ -72,10 +72,10 @@ class Optimizers:
 
 
 def _make(kind: Any, groups: list[dict[str, Any]], settings: Optimizer) -> torch.optim.Optimizer:
-    if isinstance(kind, type):
-        made: torch.optim.Optimizer = kind(groups)
-        return made
     decay = settings.weight_decay
+    if isinstance(kind, type):
+        made: torch.optim.Optimizer = kind([{"momentum": settings.momentum, "weight_decay": decay} | g for g in groups])
+        return made
     if kind == "sgd":
         return torch.optim.SGD(
             groups, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=decay, fused=True

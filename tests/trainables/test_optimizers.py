@@ -52,7 +52,7 @@ def test_each_group_has_its_kind_rate_and_schedule():
     made.set_rates(step=1, steps=2)
     assert [type(part).__name__ for part in made.parts] == ["SGD", "Adam", "Rprop"]
     assert [group["lr"] for group in made.groups] == pytest.approx([0.05, 0.025, 0.001, 0.05])
-    assert [group.get("weight_decay") for group in made.groups] == [0.01, 0.0, 0.01, None]
+    assert [group.get("weight_decay") for group in made.groups] == [0.01, 0.0, 0.01, 0.01]
     assert [group.get("nesterov") for group in made.groups][:2] == [True, True]
     assert [id(p) for p in made.parameters()] == [id(p) for p in (first, second, third, fourth)]
 

@@ -325,7 +325,6 @@ class Method(Base):
             )
         ]
 
-
     def details(self, model: nn.Module) -> Mapping[str, Mapping[str, Any]]:
         """How many output channels of each layer are left, of how many."""
         found = {}
