@@ -14,16 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainables import checkpoint, norm_sets
+from trainables import checkpoint
 from trainables.config import TrialConfig, merged, parse
 from trainables.cost import LayerTable, size_bytes
 from trainables.errors import ConfigError
 from trainables.fit import Session, fit
 from trainables.layers import trace
+from trainables.methods import _norm_sets as norm_sets
+from trainables.methods._norm_sets import SwitchableNorm, switchable_norms
 from trainables.methods.adabits import Method, SwitchableClip, calibrate_norms, parse_widths, position, stage_of
 from trainables.methods.sat import SatWeight
 from trainables.models import mobilenet_v1, mobilenet_v2, resnet20
-from trainables.norm_sets import SwitchableNorm, switchable_norms
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (3, 16, 16)

@@ -21,12 +21,12 @@ from trainables.config import Optimizer
 from trainables.cost import FLOAT_BITS, LayerBits, bops, size_bytes
 from trainables.layers import trace
 from trainables.methods import adabits, sat
+from trainables.methods._norm_sets import SwitchableNorm
+from trainables.methods._sat_kernels import unit_levels
 from trainables.methods.adabits import SwitchableClip, position
 from trainables.methods.sat import CLIP_INIT, SatClip, SatWeight, evaluation_as_published, published_rates
 from trainables.models import mobilenet_v1, mobilenet_v2, resnet20
-from trainables.norm_sets import SwitchableNorm
 from trainables.optimizers import Optimizers
-from trainables.sat_kernels import unit_levels
 
 METHOD = "adabits"
 FILES = index(METHOD)["files"]

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from search_spaces.bayesian_bits import space
-from trainables import gated_norm, modules, quantize
+from trainables import modules, quantize
 from trainables.build import build_model, layer_table
 from trainables.config import merged, parse, resolve_bits
 from trainables.cost import INPUT_BITS, LayerBits, LayerTable, bops, relative_bops
 from trainables.errors import ConfigError
 from trainables.fit import Report, Session, fit
-from trainables.gated_rounding import LEVELS, gated_quantize
-from trainables.gates import (
+from trainables.layers import trace
+from trainables.methods import _gated_norm as gated_norm
+from trainables.methods._gated_rounding import LEVELS, gated_quantize
+from trainables.methods._gates import (
     OFF_BELOW,
     OPEN_ABOVE,
     GatedQuantizer,
@@ -28,7 +30,6 @@ from trainables.gates import (
     probability_open,
     quantizers,
 )
-from trainables.layers import trace
 from trainables.methods.bayesian_bits import MODES, Method
 
 Network = tuple[nn.Module, LayerTable]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden_vectors import Arrays, cases, index
-from trainables import gated_norm, modules
+from trainables import modules
 from trainables.config import Optimizer
 from trainables.fit import training_step
-from trainables.gated_rounding import LEVELS
-from trainables.gates import (
+from trainables.methods import _gated_norm as gated_norm
+from trainables.methods._gated_rounding import LEVELS
+from trainables.methods._gates import (
     OPEN_ABOVE,
     PRUNING_INIT,
     UNQUANTIZED,

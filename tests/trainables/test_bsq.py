@@ -13,15 +13,33 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from trainables import checkpoint
-from trainables.bit_planes import BitPlanes, BitPlaneSGD, bit_tensors, penalty, place_values
-from trainables.bit_report import PlaneRow, bit_state, count, float_state, plane_table, save_bits, save_float, scheme
 from trainables.build import build_model, layer_table
 from trainables.config import TrialConfig, parse, resolve_bits
 from trainables.cost import INPUT_BITS, LayerBits
-from trainables.dynamic_range import AsItComes, CodedConv2d, DynamicRange, put_at_relus
 from trainables.errors import ConfigError
 from trainables.fit import Report, Session, fit
-from trainables.lean_layers import PIECE, LeanReLU, codes_per_byte, masked, pack_codes, pack_mask, pieces, unpack_codes
+from trainables.methods._bit_planes import BitPlanes, BitPlaneSGD, bit_tensors, penalty, place_values
+from trainables.methods._bit_report import (
+    PlaneRow,
+    bit_state,
+    count,
+    float_state,
+    plane_table,
+    save_bits,
+    save_float,
+    scheme,
+)
+from trainables.methods._dynamic_range import AsItComes, CodedConv2d, DynamicRange, put_at_relus
+from trainables.methods._lean_layers import (
+    PIECE,
+    LeanReLU,
+    codes_per_byte,
+    masked,
+    pack_codes,
+    pack_mask,
+    pieces,
+    unpack_codes,
+)
 from trainables.methods.bsq import Method
 from trainables.modules import QuantizedConv2d
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from tests.golden_vectors import ROOT, index
 from trainables import modules
-from trainables.bit_planes import BitPlanes, BitPlaneSGD, bit_tensors, penalty, place_values, used
-from trainables.bit_report import bit_state, count, float_state, scheme
 from trainables.config import Optimizer
 from trainables.cost import Bits, LayerBits, LayerTable
-from trainables.dynamic_range import CodedConv2d, DynamicRange, put_at_relus
 from trainables.layers import trace
+from trainables.methods._bit_planes import BitPlanes, BitPlaneSGD, bit_tensors, penalty, place_values, used
+from trainables.methods._bit_report import bit_state, count, float_state, scheme
+from trainables.methods._dynamic_range import CodedConv2d, DynamicRange, put_at_relus
 from trainables.methods.bsq import Method
 from trainables.models import resnet20
 from trainables.optimizers import Optimizers

@@ -13,19 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainables import modules, stored_codes
-from trainables.adaptive_rates import ShortenedStep
-from trainables.bit_switching import draw_widths, roulette, switch_probabilities
+from trainables import modules
 from trainables.build import build_model, layer_table
 from trainables.config import TrialConfig, parse, resolve_bits
 from trainables.cost import LayerBits, LayerTable
-from trainables.double_round import double_round, high_codes, lower_codes, round_once
 from trainables.errors import ConfigError
 from trainables.fit import fit
 from trainables.layers import trace
+from trainables.methods import _stored_codes as stored_codes
+from trainables.methods._adaptive_rates import ShortenedStep
+from trainables.methods._bit_switching import draw_widths, roulette, switch_probabilities
+from trainables.methods._double_round import double_round, high_codes, lower_codes, round_once
+from trainables.methods._switched_norm import SwitchedNorm, record_order, switch_norms, switched_norms
+from trainables.methods._switched_quantizers import CodedWeight, ScaledInput, epochs_done, quantizers
 from trainables.methods.double_rounding import Method
-from trainables.switched_norm import SwitchedNorm, record_order, switch_norms, switched_norms
-from trainables.switched_quantizers import CodedWeight, ScaledInput, epochs_done, quantizers
 
 WIDTHS = (8, 6, 4, 2)
 RESNET = {"name": "resnet20", "depth": 8, "width": 4}
@@ -344,7 +345,7 @@ def test_a_stored_network_is_read_and_switched_by_a_fresh_process(tmp_path):
     layer: Any = model.get_submodule("layer1.0.conv1")
     layer.weight_quantizer.set_bits(4)
     code = (
-        "import json, sys; from pathlib import Path; from trainables import stored_codes\n"
+        "import json, sys; from pathlib import Path; from trainables.methods import _stored_codes as stored_codes\n"
         "tensors, highest = stored_codes.load(Path(sys.argv[1]))\n"
         "weight = stored_codes.switched(tensors, highest, {'layer1.0.conv1': 4})['layer1.0.conv1']\n"
         "print(json.dumps(weight.flatten().tolist()))"

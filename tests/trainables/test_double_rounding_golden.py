@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from analysis.allocate import Limit, allocate, alternatives, linear_scores
 from tests.golden_vectors import ROOT, index
 from trainables import modules, sensitivity
-from trainables.adaptive_rates import alrs_rate, eta, mean_gradient
-from trainables.bit_switching import (
+from trainables.config import Optimizer
+from trainables.cost import Layer
+from trainables.curvature import Traces, hessian_traces, hutchinson
+from trainables.fit import training_step
+from trainables.methods._adaptive_rates import alrs_rate, eta, mean_gradient
+from trainables.methods._bit_switching import (
     layer_widths,
     roulette,
     sensitive_layers,
@@ -29,16 +33,12 @@ from trainables.bit_switching import (
     switch_rate,
     transitions,
 )
-from trainables.config import Optimizer
-from trainables.cost import Layer
-from trainables.curvature import Traces, hessian_traces, hutchinson
-from trainables.double_round import high_codes, lower_codes
-from trainables.fit import training_step
+from trainables.methods._double_round import high_codes, lower_codes
+from trainables.methods._stored_codes import switched
+from trainables.methods._switched_quantizers import CodedWeight, ScaledInput
 from trainables.methods.double_rounding import Method, distillation_weight, soft_targets
 from trainables.optimizers import Optimizers
 from trainables.quantize import codes
-from trainables.stored_codes import switched
-from trainables.switched_quantizers import CodedWeight, ScaledInput
 
 METHOD = "double_rounding"
 REFERENCE_ONLY = re.compile(r"gs_alt_hbit_\d+|lam_literal_\d+|variance_layerwise_theory")

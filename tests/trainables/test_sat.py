@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from trainables import modules, sat_kernels
+from trainables import modules
 from trainables.config import Optimizer, merged, parse
 from trainables.cost import LayerBits, uniform
 from trainables.errors import ConfigError
 from trainables.fit import Session, fit
 from trainables.layers import trace
+from trainables.methods import _sat_kernels as sat_kernels
+from trainables.methods._sat_kernels import FLOAT_CODES, SCHEMES, calibrated_clip, normalise, round_weight, unit_levels
 from trainables.methods.sat import CLIP_INIT, Method, SatClip, SatWeight, evaluation_as_published, published_rates
 from trainables.models import lenet5, mobilenet_v1, resnet20
 from trainables.optimizers import learning_rate_factor
-from trainables.sat_kernels import FLOAT_CODES, SCHEMES, calibrated_clip, normalise, round_weight, unit_levels
 
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 widths = st.integers(1, 8)

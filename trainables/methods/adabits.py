@@ -39,7 +39,7 @@ from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, Laye
 from trainables.errors import ConfigError
 from trainables.method import Point
 from trainables.methods import sat
-from trainables.norm_sets import load_rows, replace_norms, switchable_norms
+from trainables.methods._norm_sets import load_rows, replace_norms, switchable_norms
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig

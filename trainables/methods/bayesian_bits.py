@@ -45,12 +45,13 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from trainables import dataflow, gated_norm, modules
+from trainables import dataflow, modules
 from trainables.cost import INPUT_BITS, Bits, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
-from trainables.gates import GATE_INIT, GATED, OFF_BELOW, UNQUANTIZED, GatedQuantizer, penalties, quantizers
 from trainables.method import Method as Base
 from trainables.method import Point
+from trainables.methods import _gated_norm as gated_norm
+from trainables.methods._gates import GATE_INIT, GATED, OFF_BELOW, UNQUANTIZED, GatedQuantizer, penalties, quantizers
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig

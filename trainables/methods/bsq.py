@@ -41,14 +41,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from trainables import modules
-from trainables.bit_planes import LARGEST, MAX_PLANES, BitPlanes, BitPlaneSGD, bit_tensors, one_block, penalty
-from trainables.bit_report import plane_table
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable
-from trainables.dynamic_range import AsItComes, CodedConv2d, DynamicRange, put_at_relus, relus
 from trainables.errors import ConfigError
-from trainables.lean_layers import LeanReLU
 from trainables.method import Method as Base
 from trainables.method import Point
+from trainables.methods._bit_planes import LARGEST, MAX_PLANES, BitPlanes, BitPlaneSGD, bit_tensors, one_block, penalty
+from trainables.methods._bit_report import plane_table
+from trainables.methods._dynamic_range import AsItComes, CodedConv2d, DynamicRange, put_at_relus, relus
+from trainables.methods._lean_layers import LeanReLU
 from trainables.plugins import nearest
 
 if TYPE_CHECKING:

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables import modules, sensitivity, world
-from trainables.adaptive_rates import Rule, ShortenedStep, alrs_rate
-from trainables.bit_switching import draw_widths, sensitive_layers, switch_probabilities, switch_rate
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
 from trainables.method import Method as Base
 from trainables.method import Point, split_parameters
-from trainables.switched_norm import record_order, switch_norms, switched_norms, use_sets
-from trainables.switched_quantizers import (
+from trainables.methods._adaptive_rates import Rule, ShortenedStep, alrs_rate
+from trainables.methods._bit_switching import draw_widths, sensitive_layers, switch_probabilities, switch_rate
+from trainables.methods._switched_norm import record_order, switch_norms, switched_norms, use_sets
+from trainables.methods._switched_quantizers import (
     CodedWeight,
     Gradient,
     ScaledInput,

@@ -37,8 +37,15 @@ from trainables import modules, world
 from trainables.cost import FLOAT_BITS, Bits, Layer, LayerTable
 from trainables.method import Method as Base
 from trainables.method import read_bits, split_parameters
+from trainables.methods._sat_kernels import (
+    FLOAT_CODES,
+    Scheme,
+    calibrated_clip,
+    normalise,
+    rescale_weight,
+    round_weight,
+)
 from trainables.quantize import SMALLEST_SCALE
-from trainables.sat_kernels import FLOAT_CODES, Scheme, calibrated_clip, normalise, rescale_weight, round_weight
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig

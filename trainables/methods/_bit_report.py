@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainables.bit_planes import bit_tensors
 from trainables.cost import FLOAT_BITS, LayerTable
+from trainables.methods._bit_planes import bit_tensors
 from trainables.modules import Quantizer
 
 Scheme = Mapping[str, tuple[int, int]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables import modules, world
-from trainables.double_round import double_round, high_codes, round_once
+from trainables.methods._double_round import double_round, high_codes, round_once
 from trainables.quantize import SMALLEST_SCALE, fake_quantize
 
 SCALE_FLOOR = 1e-4

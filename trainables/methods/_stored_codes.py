@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trainables import checkpoint
-from trainables.double_round import lower_codes
 from trainables.errors import ConfigError
-from trainables.switched_quantizers import quantizers
+from trainables.methods._double_round import lower_codes
+from trainables.methods._switched_quantizers import quantizers
 
 FORMAT = "double_rounding/1"
 CODES = ".codes"

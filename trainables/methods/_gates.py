@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from trainables import modules, world
 from trainables.cost import FLOAT_BITS
-from trainables.gated_rounding import LEVELS, gated_quantize
+from trainables.methods._gated_rounding import LEVELS, gated_quantize
 from trainables.quantize import SMALLEST_SCALE
 
 GATED = LEVELS[1:]

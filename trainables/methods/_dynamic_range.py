@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainables.cost import FLOAT_BITS
-from trainables.lean_layers import (
+from trainables.methods._lean_layers import (
     PIECE,
     Layout,
     by_number,
