@@ -390,6 +390,31 @@ def layers(run_folder: Path, trial: int, point: str, form: str | None) -> None:
 
 @raysearch.command()
 @click.argument("run_folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("trial", type=click.IntRange(min=0))
+@click.option("--point", default="final", show_default=True, help="which operating point of the trial")
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), help="file to write: .safetensors, .onnx or .pt2"
+)
+@click.option("--opset", type=int, metavar="N", help="ONNX opset, 20..25  [default: the oldest that has the types]")
+def export(run_folder: Path, trial: int, point: str, output: Path, opset: int | None) -> None:
+    """Write a trained network as a file that runs elsewhere."""
+    from raysearch.result import Result
+
+    found = Result(run_folder).export(trial, point, to=output, opset=opset)
+    click.echo(f"{output}  {output.stat().st_size} bytes")
+    if found is None:
+        click.echo("logits are those of the trained network, bit for bit", err=True)
+    else:
+        click.echo(
+            f"onnxruntime and torch on {found.images} test images: {found.other_class} other predictions, logits "
+            f"differ by up to {found.max_difference:.2g} ({found.close:.1%} within 1e-5), with integer kernels "
+            f"by up to {found.max_difference_fused:.2g}",
+            err=True,
+        )
+
+
+@raysearch.command()
+@click.argument("run_folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--mlflow-uri", help="MLflow tracking URI  [default: that of the sweep]")
 def mirror(run_folder: Path, mlflow_uri: str | None) -> None:
     """Send to MLflow what it missed."""

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from analysis.front import Front
     from raysearch.tracking import Status
     from trainables.fit import Session
+    from trainables.onnx_file import Agreement
+
+
+EXPORTS = (".safetensors", ".onnx", ".pt2")
+EXPORTED_FACTS = ("trial", "point", "method", "model", "data", "accuracy", "bops", "relative_bops", "size_bytes")
+CHECKED = 2000
+"""Test images, at most, on which onnxruntime must predict what torch predicts."""
 
 
 class Result:
@@ -85,6 +92,56 @@ class Result:
         log.append({"trial": trial, "point": point, "test_accuracy": accuracy}, durable=True)
         log.close()
         return accuracy
+
+    def export(
+        self, trial: int, point: str = "final", *, to: str | Path, opset: int | None = None
+    ) -> "Agreement | None":
+        """Write a point as a file that runs elsewhere; the ending of `to` says which.
+
+        `.safetensors` is the packed file of `trainables.packed`, `.onnx` the graph of `trainables.onnx_file`, checked
+        in onnxruntime on test images, `.pt2` a `torch.export` program.
+
+        Args:
+            trial: its number.
+            point: its operating point.
+            to: file to write.
+            opset: of ONNX, 20..25; None takes the oldest that has the types that the widths need.
+
+        Returns:
+            how far onnxruntime agrees with torch, for `.onnx`; None for the others, which come back bit by bit.
+
+        Raises:
+            RecordError: another ending, an opset for another format, no such point, or its checkpoint is gone.
+            ConfigError: what the format cannot hold, or an opset that is too old.
+        """
+        import torch
+
+        from trainables.onnx_file import save_onnx
+        from trainables.packed import save_packed
+        from trainables.program_file import save_program
+
+        path = Path(to)
+        if path.suffix not in EXPORTS:
+            raise RecordError(f"{path}: the name of an exported file ends in {', '.join(EXPORTS)}")
+        if opset is not None and path.suffix != ".onnx":
+            raise RecordError(f"opset = {opset}: only .onnx files have one, and {path} is none")
+        session = _session(self, trial, point)
+        next(each for each in session.method.points(session.model) if each.label == point).activate()
+        record = next(row for row in self.records() if (row["trial"], row["point"]) == (trial, point))
+        facts = {name: record[name] for name in EXPORTED_FACTS} | {"sweep": self.name}
+        if path.suffix == ".safetensors":
+            save_packed(path, session.model, session.config, **facts)
+            return None
+        if path.suffix == ".pt2":
+            save_program(path, session.model, session.data.input_shape)
+            return None
+        parts, count = [], 0
+        for images, _ in session.data.test.batches(CHECKED, device=torch.device("cpu"), seed=None, augment=False):
+            parts.append(images)
+            count += len(images)
+            if count >= CHECKED:
+                break
+        return save_onnx(path, session.model, images=torch.cat(parts)[:CHECKED], opset=opset, **facts)
 
     def layers(self, trial: int, point: str = "final") -> "pd.DataFrame":
         """What a trained network is, layer by layer: weights, MACs, widths, and what its method has learned besides.

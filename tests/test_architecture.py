@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {  # what each may import beside the standard library and itself
     "search_spaces": {"optuna"},
-    "trainables": {"torch", "torchvision", "numpy", "pydantic", "safetensors", "filelock"}
+    "trainables": {"torch", "torchvision", "numpy", "pydantic", "safetensors", "filelock", "onnx", "onnxruntime"}
     | {"pandas", "pyarrow", "PIL", "sklearn"},
     "analysis": {"numpy", "pandas", "pyarrow", "matplotlib", "scipy"},
 }

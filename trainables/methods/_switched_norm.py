@@ -52,6 +52,10 @@ class SwitchedNorm(nn.Module):
         """Take the set of these widths."""
         self.used = self._name(before, own)
 
+    def plain(self) -> nn.Module:
+        """The batch norm in use, for exports."""
+        return self.sets[self.used]
+
     def spread(self, widths: Sequence[int]) -> None:
         """Start every transition into a width from the set of that width alone."""
         for before in widths:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables import modules, world
+from trainables.encoding import Encoding
 from trainables.methods._double_round import double_round, high_codes, round_once
 from trainables.quantize import SMALLEST_SCALE, fake_quantize
 
@@ -121,6 +122,12 @@ class CodedWeight(_Switched):
             pooled=self.pooled,
         )
 
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Multiples of the scale at the current width."""
+        ratio = 2 ** (self.widths[0] - 1) / (float(self.q_max) + 1)
+        scale = self.scale.detach().clamp_min(SMALLEST_SCALE) * ratio
+        return Encoding(bits=self.width, q_min=int(self.q_min), q_max=int(self.q_max), scale=scale)
+
     def codes(self, w: Tensor) -> Tensor:
         """Codes of the highest width, int8."""
         return high_codes(w, self.scale_like(w), self.widths[0])
@@ -183,6 +190,11 @@ class ScaledInput(_Switched):
             start = 2 * x.abs().mean() / self.q_max.sqrt()
         self.scale.copy_(world.mean(start).clamp_min(SMALLEST_SCALE))
         self.scale_floor[self.widths.index(self.width)] = self.scale * SCALE_FLOOR
+
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Multiples of the scale of the current width."""
+        scale = self.scale.detach().clamp_min(SMALLEST_SCALE)
+        return Encoding(bits=self.width, q_min=int(self.q_min), q_max=int(self.q_max), scale=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape."""
