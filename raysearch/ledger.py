@@ -2,7 +2,9 @@
 
 On disk is an ordinary Optuna study (`optuna-dashboard sqlite:///RUN/study.db`) with one trial for each training:
 complete with its values, pruned, or failed with its reason. The sampler works on a twin in memory that is rebuilt from
-the disk: a proposal with many parameters then costs one write instead of one for each parameter. Each proposal gets a
+the disk: a proposal with many parameters then costs one write instead of one for each parameter. The frontier
+(`raysearch.frontier`) needs no study: it works on the trials that ended, in the order of their ends, and on those that
+run. Each proposal gets a
 sampler of its own, seeded by the sweep's seed and the trial's number, so a proposal depends on the history alone and a
 resumed sweep needs no saved sampler.
 """
@@ -19,6 +21,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from raysearch.choice import FRONTIER, choose, frontier_of
+from raysearch.frontier import QUALITIES, Tried
 from raysearch.proposals import Cost, beside, cardinality, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.sweep import Resolved
@@ -96,16 +100,24 @@ class Ledger:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._disk.set_metric_names(list(self.sweep.objectives))
         self._memory = optuna.create_study(directions=directions)
-        self._uniform = uniform_proposals(self.space, resolved.base, self.sweep.trials)
+        self.choice = choose(resolved)
+        self._frontier = frontier_of(resolved) if self.choice.sampler == FRONTIER else None
+        # The frontier needs no more than the diagonal: each further uniform configuration is worse than what it knows.
+        self._uniform = uniform_proposals(self.space, resolved.base, 0 if self._frontier else self.sweep.trials)
+        self._ended: list[Tried] = []
+        self._running: dict[int, Mapping[str, Any]] = {}
         self._size = cardinality(self.space)
         self._seen: dict[str, int] = {}
         self._twin: dict[int, int] = {}
         self.refused = 0
         self.interrupted: list[Proposal] = []
-        for trial in self._disk.get_trials(deepcopy=False):
+        trials = self._disk.get_trials(deepcopy=False)
+        for trial in trials:
             self._remember(trial)
             if trial.state == TrialState.RUNNING:
                 self.interrupted.append(self._proposal(trial))
+        for trial in sorted((t for t in trials if t.datetime_complete), key=lambda t: (t.datetime_complete, t.number)):
+            self._learn_end(trial.params, trial.state, trial.values)
         _copy_qmc_position(self._disk, self._memory)
 
     @property
@@ -128,7 +140,7 @@ class Ledger:
             cost = self._acceptable(values)
             if cost is not None:
                 return self._accept(self._fixed(values), "uniform", cost)
-        return self._sampled()
+        return self._at_the_frontier() if self._frontier else self._sampled()
 
     def tell(self, number: int, state: TrialState, points: Sequence[list[float]] = (), reason: str = "") -> None:
         """Tell both studies how a trial ended; telling twice changes nothing.
@@ -149,10 +161,18 @@ class Ledger:
         if others:
             self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others))
         self._disk.tell(number, values, state=state)
+        self._learn_end(self._running.pop(number), state, values)
         # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
         learnt = TrialState.PRUNED if state == TrialState.FAIL else state
         self._memory.tell(self._twin[number], values, state=learnt)
         self._learn_others(self._memory.get_trials(deepcopy=False)[self._twin[number]], others)
+
+    def _learn_end(self, params: Mapping[str, Any], state: TrialState, values: Sequence[float] | None) -> None:
+        """What the frontier knows of a trial that has ended."""
+        if self._frontier:
+            place = next(i for i, name in enumerate(self.sweep.objectives) if name in QUALITIES)
+            quality = values[place] if values and state == TrialState.COMPLETE else None
+            self._ended.append(Tried(values=params, quality=quality, failed=state == TrialState.FAIL))
 
     def _learn_others(self, first: FrozenTrial, others: Sequence[list[float]]) -> None:
         """Add the other points of a trial to the twin, as trials with the same parameters."""
@@ -177,25 +197,43 @@ class Ledger:
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._disk._study_id, number)
 
+    def _at_the_frontier(self) -> Proposal | None:
+        assert self._frontier
+        running = list(self._running.values())
+        refused: list[dict[str, Any]] = []
+        for _ in range(ATTEMPTS):
+            values = self._frontier.propose(self._ended, running, self.sweep.seed, refused=refused)
+            if values is None:
+                break
+            cost = self._acceptable(values)
+            if cost is not None:
+                return self._accept(self._fixed(values), FRONTIER, cost)
+            refused.append(values)
+        return self._drawn(refused[-1] if refused else {})
+
     def _sampled(self) -> Proposal | None:
         number = self.started
         twins = self._memory.get_trials(deepcopy=False)
         finished = sum(twins[twin].state.is_finished() for twin in self._twin.values())
-        sampler = make_sampler(self.sweep.sampler, self.sweep.seed * 100_003 + number, min(10, max(2, finished)))
+        sampler = make_sampler(self.choice.sampler, self.sweep.seed * 100_003 + number, min(10, max(2, finished)))
         self._memory.sampler = sampler
         wanted: dict[str, Any] = {}
         for _ in range(ATTEMPTS):
             trial = self._memory.ask(dict(self.space))
             cost = self._acceptable(trial.params)
             if cost is not None:
-                return self._accept(trial, self.sweep.sampler, cost)
+                return self._accept(trial, self.choice.sampler, cost)
             # Samplers ignore failures: a repeated proposal is no worse than its first training was.
             self._memory.tell(trial, state=TrialState.FAIL)
             if trial.params == wanted:  # as a sampler without chance does: gp, of what has failed
                 break
             wanted = trial.params
-        generator = random.Random(self.sweep.seed * 100_003 + number)
-        near = beside(self.space, wanted, generator)
+        return self._drawn(wanted)
+
+    def _drawn(self, wanted: Mapping[str, Any]) -> Proposal | None:
+        """A random configuration, if possible one beside what was wanted."""
+        generator = random.Random(self.sweep.seed * 100_003 + self.started)
+        near = beside(self.space, wanted, generator) if wanted else ()
         for values in chain(near, configurations(self.space, generator, limit=RANDOM_ATTEMPTS)):
             cost = self._acceptable(values)
             if cost is not None:
@@ -231,6 +269,7 @@ class Ledger:
         number = self.started
         self._twin[number] = trial.number
         self._seen[cost.digest] = number
+        self._running[number] = dict(twin.params)
         return Proposal(number, dict(twin.params), source, cost, merged(self.resolved.base, twin.params))
 
     def _remember(self, trial: FrozenTrial) -> None:
@@ -244,6 +283,8 @@ class Ledger:
         )
         self._memory.add_trial(copy)
         self._twin[trial.number] = len(self._memory.get_trials(deepcopy=False)) - 1
+        if trial.state == TrialState.RUNNING:
+            self._running[trial.number] = trial.params
         self._learn_others(copy, trial.user_attrs.get(OTHER_POINTS, ()))
         self._seen[trial.user_attrs["digest"]] = trial.number
 

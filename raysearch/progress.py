@@ -64,6 +64,11 @@ class PlainProgress(Watcher):
             f"{folder.path}: {sweep.trials} trials of {sweep.method} on {sweep.model}, {sweep.data}, "
             f"{sweep.epochs} epochs, space {sweep.space} ({len(resolved.space)} parameters)"
         )
+        if sweep.sampler == "auto":
+            from raysearch.choice import choose
+
+            choice = choose(resolved)
+            self.say(f"sampler {choice.sampler}: {choice.reason}")
 
     def event(self, book: "Book") -> None:
         """A line when a trial has ended."""

@@ -28,7 +28,7 @@ FIELDS = {
     "data/name": "data",
 }
 """Addresses that a sweep has a field for; there is no second way to say the same thing."""
-SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random", "qmc")
+SAMPLERS = ("auto", "frontier", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Sweep:
     cpus_per_worker: Annotated[int, "CPU cores of a worker"] = 1
     gpus_per_worker: Annotated[float | None, "GPUs of a worker, also a share; default: 1 if there are any"] = None
     train: Annotated[bool, "use a Ray Train worker group also for one CPU worker"] = False
-    sampler: Annotated[str, "Optuna sampler behind the uniform proposals: tpe, nsga2, nsga3, gp, random, qmc"] = "tpe"
+    sampler: Annotated[str, "who proposes: auto, frontier, tpe, nsga2, nsga3, gp, random, qmc"] = "auto"
     seed: Annotated[int, "seed of search, weights and data order"] = 0
     max_bops: Annotated[float | None, "never train a configuration over so many BOPs"] = None
     max_relative_bops: Annotated[float | None, "never train one over this share of the 32x32-bit BOPs, 0..1"] = None
@@ -122,7 +122,14 @@ def resolve(sweep: Sweep) -> Resolved:
     table = layer_table(config)
     base, space = config.tree(), _space(sweep, table)
     _check_proposals(sweep, base, table, space)
-    return Resolved(sweep, base, config, table, space)
+    resolved = Resolved(sweep, base, config, table, space)
+    if sweep.sampler == "frontier":
+        from raysearch.choice import choose
+
+        choice = choose(resolved)
+        if choice.sampler != "frontier":
+            raise SweepError(f"sampler 'frontier' cannot propose: {choice.reason}; take auto, tpe or nsga2")
+    return resolved
 
 
 def trial_config(sweep: Sweep) -> "TrialConfig":

@@ -242,7 +242,7 @@ def test_where_training_decides_the_widths_they_are_kept_for_each_epoch(tmp_path
 
 
 def test_only_trials_of_the_front_keep_their_checkpoints(tmp_path: Path) -> None:
-    folder, resolved = make_run(tmp_path / "a-run")
+    folder, resolved = make_run(tmp_path / "a-run", small_sweep(sampler="random"))
     book = open_book(folder, resolved)
     for proposal in proposals(book.ledger):
         train(book, proposal, keeps_checkpoint(folder, proposal))

@@ -51,7 +51,7 @@ def test_every_trial_is_complete_and_all_books_agree(inline: Result) -> None:
 
 def test_the_first_proposals_are_uniform_and_the_sampler_follows(inline: Result) -> None:
     rows = sorted(inline.records(), key=lambda row: row["trial"])
-    assert [row["source"] for row in rows] == ["uniform"] * 7 + ["tpe"] * 3
+    assert [row["source"] for row in rows] == ["uniform"] * 7 + ["frontier"] * 3
     widths = [{width for name, width in row["params"].items()} for row in rows[:7]]
     assert widths == [{8}, {2}, {4}, {3}, {6}, {5}, {7}]
 
@@ -120,7 +120,7 @@ def test_a_trial_gives_the_same_numbers_alone_and_beside_another(inline: Result,
 
 
 def test_a_trial_gives_the_same_numbers_without_ray(inline: Result) -> None:
-    record = next(row for row in inline.records() if row["source"] == "tpe")
+    record = next(row for row in inline.records() if row["source"] == "frontier")
     threads = torch.get_num_threads()
     try:
         sweep = Sweep(epochs=SWEEP.epochs, settings={**SMALL, **record["params"]})

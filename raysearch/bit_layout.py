@@ -1,0 +1,190 @@
+"""Which layers a space's bit parameters reach, what they cost, and the best widths for a budget of that cost.
+
+Rows of widths are float arrays with a column for each address `bits/LAYER/ROLE` of the space, in its order. Parameters
+that share a layer's BOPs form a group; between groups, losses and costs are sums, so an integer program separates
+into groups once its budget has a price.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+
+import numpy as np
+
+from raysearch.proposals import Space, choices
+from trainables.cost import INPUT_BITS, Layer
+
+COSTS = {"bops": "bops", "relative_bops": "bops", "size_bytes": "size_bytes"}
+"""Objectives whose value follows from the widths, and the sum that it is proportional to."""
+KINDS = ("bops", "size_bytes")
+ROLES = ("weight", "activation")
+AT_ENDS = 4.0
+"""Guessed sensitivity of the first and the last layer, in units of the others'."""
+MOST_OPTIONS = 256
+"""Joint choices of a group's parameters; of more, only those with equal widths are in the integer program."""
+TINY = 1e-12
+ROUNDING = 1e-9
+
+Blend = Mapping[str, float]
+"""Weights of costs, each as a share of its largest value: 0 is free, 1 are the widest widths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Parameters that share layers: their columns, their joint choices (options, columns), and what each costs."""
+
+    columns: list[int]
+    options: np.ndarray
+    amounts: dict[str, np.ndarray]
+
+
+class BitLayout:
+    """The bit parameters of a space on a network.
+
+    Args:
+        space: distributions by address; those outside of `bits/` are left alone.
+        layers: the quantizable layers, in order.
+        fixed: layer -> [weight bits, activation bits] where the space says nothing; 8 by default.
+        limits: of objectives among `COSTS`, the largest that is allowed: 0 is the cost of the narrowest widths, 1 that
+            of the widest.
+
+    Attributes:
+        addresses: the columns.
+        widths: possible values of each column, ascending.
+        order: columns in the order of the layers that they reach first.
+        prior: guessed sensitivity of each column.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        layers: Sequence[Layer],
+        fixed: Mapping[str, Sequence[int]] | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        self.addresses = [name for name in space if name.startswith("bits/")]
+        self.widths = [np.array(sorted(choices(space[name], limit=64)), dtype=float) for name in self.addresses]
+        self._macs = np.array([layer.macs for layer in layers], dtype=float)
+        self._weights = np.array([layer.weights for layer in layers], dtype=float)
+        self._constants: list[float] = []
+        self._reach = np.array([[self._column(x, role, fixed or {}) for role in ROLES] for x in layers]).T
+        ends = np.array([AT_ENDS if layer.first or layer.last else 1.0 for layer in layers])
+        reached = [self._reach == column for column in range(len(self.addresses))]
+        self.prior = np.array([max(float((r * ends).sum()), 1.0) for r in reached])
+        widest = self.extreme(-1)
+        self._last = np.array([len(widths) - 1 for widths in self.widths])
+        self._table = np.array([np.pad(w, (0, self._last.max() + 1 - len(w)), mode="edge") for w in self.widths])
+        self.scales = {kind: float(self._amount(kind, widest[None])[0]) for kind in KINDS}
+        self._shares = dict.fromkeys(KINDS, 1.0)
+        for name, limit in (limits or {}).items():
+            kind = COSTS[name]
+            least = float(self.cost({kind: 1.0}, self.extreme(0)[None])[0])
+            self._shares[kind] = min(self._shares[kind], least + limit * (1 - least))
+        self.groups = self._grouped()
+
+    def _column(self, layer: Layer, role: str, fixed: Mapping[str, Sequence[int]]) -> int:
+        """The column that sets this width: by name, else by the longest pattern, else a constant behind the others."""
+        by_name = f"bits/{layer.name}/{role}"
+        if by_name in self.addresses:
+            return self.addresses.index(by_name)
+        fitting = [a for a in self.addresses if fnmatchcase(by_name, a)]
+        input_codes = layer.first and role == "activation"
+        if fitting and not (layer.first or layer.last):
+            return self.addresses.index(max(fitting, key=len))
+        given = fixed.get(layer.name, (INPUT_BITS, INPUT_BITS))[ROLES.index(role)]
+        self._constants.append(INPUT_BITS if input_codes else given)
+        return len(self.addresses) + len(self._constants) - 1
+
+    @property
+    def columns(self) -> int:
+        """Number of bit parameters."""
+        return len(self.addresses)
+
+    def extreme(self, end: int) -> np.ndarray:
+        """The row of the narrowest (0) or the widest (-1) widths."""
+        return np.array([widths[end] for widths in self.widths])
+
+    def cost(self, blend: Blend, bits: np.ndarray) -> np.ndarray:
+        """Weighted cost of rows of widths, 0..1, (n,)."""
+        return sum(
+            (weight / self.scales[kind] * self._amount(kind, bits) for kind, weight in blend.items()),
+            start=np.zeros(len(bits)),
+        )
+
+    def largest(self, blend: Blend) -> float:
+        """Weighted cost beyond which a limit is broken; it may be broken below."""
+        return sum(weight * self._shares[kind] for kind, weight in blend.items())
+
+    def allowed(self, bits: np.ndarray) -> np.ndarray:
+        """The rows that keep all limits."""
+        within = [self.cost({kind: 1.0}, bits) <= share + ROUNDING for kind, share in self._shares.items()]
+        return bits[np.logical_and.reduce(within)]
+
+    def _amount(self, kind: str, bits: np.ndarray, layers: slice | np.ndarray = slice(None)) -> np.ndarray:
+        wide = np.concatenate([bits, np.broadcast_to(self._constants, (len(bits), len(self._constants)))], axis=1)
+        weight, activation = (wide[:, columns[layers]] for columns in self._reach)
+        if kind == "bops":
+            return (weight * activation) @ self._macs[layers]
+        return weight @ self._weights[layers] / 8
+
+    def _grouped(self) -> list[_Group]:
+        """Columns joined where they share a layer."""
+        leader = list(range(len(self.addresses) + len(self._constants)))
+        for weight, activation in self._reach.T:
+            if max(weight, activation) < len(self.addresses):
+                old, new = leader[activation], leader[weight]
+                leader = [new if name == old else name for name in leader]
+        names = dict.fromkeys(leader[: len(self.addresses)])
+        return [self._group([c for c in range(len(self.addresses)) if leader[c] == name]) for name in names]
+
+    def _group(self, columns: list[int]) -> _Group:
+        sets = [self.widths[column] for column in columns]
+        if math.prod(len(widths) for widths in sets) <= MOST_OPTIONS:
+            options = np.array(list(product(*sets)))
+        else:
+            every = sorted(set(np.concatenate(sets)))
+            options = np.array([[widths[np.abs(widths - w).argmin()] for widths in sets] for w in every])
+        rows = np.tile(self.extreme(0), (len(options), 1))
+        rows[:, columns] = options
+        touched = np.flatnonzero(np.isin(self._reach, columns).any(axis=0))
+        amounts = {kind: self._amount(kind, rows, touched) for kind in self.scales}
+        return _Group(columns=columns, options=options, amounts=amounts)
+
+    def best(self, sensitivities: np.ndarray, blend: Blend, count: int) -> np.ndarray:
+        """Rows of widths on the integer program's convex front, (count, columns), from the cheapest to the widest.
+
+        Each has the least summed sensitivity that its cost allows: it is the optimum of sensitivity + price x cost, in
+        which groups separate, for one of a ladder of prices (Everett 1963). Neighbouring prices may share an optimum.
+
+        Args:
+            sensitivities: of each column, > 0, (columns,).
+            blend: the cost.
+            count: number of prices.
+        """
+        shares = {kind: weight / self.scales[kind] for kind, weight in blend.items()}
+        scores = [4.0**-group.options @ sensitivities[group.columns] for group in self.groups]
+        amounts = [sum(share * g.amounts[kind] for kind, share in shares.items()) for g in self.groups]
+        spans = [(np.ptp(score), np.ptp(amount)) for score, amount in zip(scores, amounts, strict=True)]
+        ratios = [(score / amount, g) for (score, amount), g in zip(spans, self.groups, strict=True) if amount > TINY]
+        # From where even the most sensitive group takes its narrowest option to where the least takes its widest.
+        high = max((64 * ratio for ratio, _ in ratios), default=1.0)
+        low = min((ratio * 4.0 ** -float(np.ptp(g.options)) / 4 for ratio, g in ratios), default=1.0)
+        prices = np.geomspace(max(high, TINY), max(low, TINY), count)
+        rows = np.empty((count, self.columns))
+        for group, score, amount in zip(self.groups, scores, amounts, strict=True):
+            rows[:, group.columns] = group.options[(score + prices[:, None] * amount).argmin(axis=1)]
+        return rows
+
+    def neighbours(self, row: np.ndarray, pairs: int, generator: np.random.Generator) -> np.ndarray:
+        """Each column one width up and one down; and `pairs` random moves of two columns. Ends stay where they are."""
+        place = (self._table == row[:, None]).argmax(axis=1)
+        changes = np.zeros((2 * self.columns + pairs, self.columns), dtype=int)
+        single = np.arange(self.columns)
+        changes[single, single], changes[self.columns + single, single] = 1, -1
+        for _ in range(2):
+            columns = generator.integers(self.columns, size=pairs)
+            changes[2 * self.columns + np.arange(pairs), columns] = generator.choice((-1, 1), size=pairs)
+        places = np.clip(place + changes, 0, self._last)
+        return self._table[single, places]

@@ -1,0 +1,50 @@
+"""Which sampler proposes for a sweep, and why; and the frontier of a sweep."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raysearch.frontier import Frontier, unsuited
+from raysearch.proposals import cheapest, choices, cost_of
+from trainables.config import merged
+
+if TYPE_CHECKING:
+    from raysearch.sweep import Resolved
+
+FRONTIER, FALLBACK = "frontier", "tpe"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler by name, and why it was taken."""
+
+    sampler: str
+    reason: str
+
+
+def choose(resolved: "Resolved") -> Choice:
+    """What `auto` means for this sweep; any other name means itself."""
+    if resolved.sweep.sampler not in ("auto", FRONTIER):
+        return Choice(resolved.sweep.sampler, "as asked for")
+    reason = unsuited(resolved.space, resolved.sweep.objectives)
+    if not reason and cost_of(merged(resolved.base, cheapest(resolved.space))).bits is None:
+        reason = f"method {resolved.sweep.method!r} decides widths itself"
+    if reason:
+        return Choice(FALLBACK, reason)
+    bits = sum(name.startswith("bits/") for name in resolved.space)
+    return Choice(FRONTIER, f"{bits} bit parameters, whose costs are known before training")
+
+
+def frontier_of(resolved: "Resolved") -> Frontier:
+    """The frontier of a sweep that `choose` gives to it, within the sweep's limits."""
+    sweep, space = resolved.sweep, resolved.space
+    low = cost_of(merged(resolved.base, cheapest(space)))
+    asked = {name: getattr(sweep, f"max_{name}") for name in ("bops", "relative_bops", "size_bytes")}
+    limits = {}
+    if any(limit is not None for limit in asked.values()):
+        widest = {name: max(choices(space[name], limit=64)) for name in space if name.startswith("bits/")}
+        high = cost_of(merged(resolved.base, cheapest(space) | widest))
+        for name, limit in asked.items():
+            least, most = getattr(low, name), getattr(high, name)
+            if limit is not None and limit < most:
+                limits[name] = (limit - least) / (most - least)
+    return Frontier(space, resolved.table.quantizable, sweep.objectives, fixed=low.bits, limits=limits)

@@ -1,0 +1,284 @@
+"""The default proposer: it knows that a network is layers, that noise quarters with each bit, and what bits cost.
+
+After the uniform configurations it keeps a model of the loss (`raysearch.loss_model`), and from it a pool:
+
+    ladder       the integer program's convex front over the estimated sensitivities: for each of a ladder of budgets
+                 the widths with the least predicted loss (`raysearch.bit_layout`); also for sensitivities drawn from
+                 the posterior (Thompson sampling), so that a layer that was underestimated gets its chance
+    neighbours   members of the front so far with one or two widths raised, lowered or exchanged
+
+The proposal is the member of the pool that is predicted to enlarge the hypervolume most, where trials that still run
+count with their predicted loss. With several costs the hypervolume is that of loss and one weighted cost; the weights
+take turns. A proposal is a function of seed, history and pending trials alone: what is kept between calls only saves
+time. Not for widths that the method learns, nor for architectures: there, costs are not known before training.
+"""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from operator import is_
+from typing import Any
+
+import numpy as np
+
+from raysearch.bit_layout import COSTS, BitLayout, Blend
+from raysearch.loss_model import LossModel, fit, guess
+from raysearch.proposals import Space, random_values
+from raysearch.staircase import gains, staircase
+from trainables.cost import Layer
+
+QUALITIES = ("accuracy", "loss")
+PRICES = 128
+"""Of a ladder."""
+DRAWS = 2
+"""Ladders over sensitivities drawn from the posterior."""
+EXPLORED = 3
+"""Each so many proposals trust such a draw instead of the mean."""
+PARENTS = 16
+"""Members of the front, those beside the widest gaps, whose neighbours are looked at."""
+PAIRS = 24
+"""Random neighbours of each that differ in two widths."""
+POOL = 384
+REFITS = 8
+"""The model is fitted anew when the history has grown by one eighth at most."""
+FEWEST = 2
+"""Results before the model is fitted."""
+WIDENED = 8
+"""How often the pool is widened by neighbours when all of it is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A trial that has ended.
+
+    Attributes:
+        values: by address.
+        quality: what it returned for the sweep's quality, in its own direction; None if it was pruned or failed.
+        failed: it diverged, and counts as the worst quality seen. Pruned trials are only not repeated.
+    """
+
+    values: Mapping[str, Any]
+    quality: float | None = None
+    failed: bool = False
+
+
+def unsuited(space: Space, objectives: Mapping[str, str]) -> str:
+    """Why the frontier cannot propose for this sweep, in words; empty if it can."""
+    if not any(name.startswith("bits/") for name in space):
+        return "the space has no bits"
+    if any(name.startswith("model/") for name in space):
+        return "the space changes the network, so its costs are no sums over known layers"
+    if not any(name in QUALITIES for name in objectives):
+        return f"no objective is one of {', '.join(QUALITIES)}"
+    if not any(name in COSTS for name in objectives):
+        return f"no objective is one of {', '.join(COSTS)}"
+    unknown = sorted(set(objectives) - {*QUALITIES, *COSTS})
+    return f"objective {unknown[0]} does not follow from the bits" if unknown else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    """Candidates: their widths, costs, and quality as predicted by the model and by each draw."""
+
+    model: LossModel
+    bits: np.ndarray
+    keys: list[bytes]
+    cost: np.ndarray
+    predicted: list[np.ndarray]
+
+
+class Frontier:
+    """Proposes configurations of a space over bits.
+
+    Args:
+        space: distributions by address, for which `unsuited` has no objection.
+        layers: the model's quantizable layers.
+        objectives: name to direction; the first quality counts, and all costs.
+        sensitivities: by address, what is known before training, up to a common factor; the others are guessed.
+        fixed: layer -> [weight bits, activation bits] where the space says nothing; 8 by default.
+        limits: of costs, the largest that is allowed: 0 is the cost of the narrowest widths, 1 that of the widest.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        layers: Sequence[Layer],
+        objectives: Mapping[str, str],
+        *,
+        sensitivities: Mapping[str, float] | None = None,
+        fixed: Mapping[str, Sequence[int]] | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        self.space = space
+        self.layout = BitLayout(space, layers, fixed, limits)
+        self.others = [name for name in space if not name.startswith("bits/")]
+        self.sign = next(-1.0 if way == "max" else 1.0 for name, way in objectives.items() if name in QUALITIES)
+        self.prior = _blended(self.layout.prior, [(sensitivities or {}).get(a) for a in self.layout.addresses])
+        kinds = list(dict.fromkeys(COSTS[name] for name in objectives if name in COSTS))
+        self.blends: list[Blend] = [{kind: 1.0} for kind in kinds]
+        if len(kinds) > 1:
+            self.blends.append({kind: 1 / len(kinds) for kind in kinds})
+        self._seen: list[Tried] = []
+        self._keys: list[bytes] = []
+        self._bits = np.zeros((0, self.layout.columns))
+        self._pools: dict[tuple[Any, ...], tuple[tuple[Tried, ...], _Pool]] = {}
+
+    def propose(
+        self,
+        history: Sequence[Tried],
+        pending: Iterable[Mapping[str, Any]],
+        seed: int,
+        *,
+        refused: Iterable[Mapping[str, Any]] = (),
+    ) -> dict[str, Any] | None:
+        """Values by address of the next configuration; None if nothing new lies near the front.
+
+        It is none of those in history, pending and refused.
+
+        Args:
+            history: trials that have ended, in the order of their ends.
+            pending: values of trials that still run.
+            seed: the same for all proposals of a sweep, >= 0.
+            refused: values that are not to be trained.
+        """
+        running, barred = list(pending), list(refused)
+        number = len(history) + len(running)
+        generator = np.random.default_rng([seed, number, len(barred)])
+        turn, place = divmod(number, len(self.blends))
+        blend = self.blends[place]
+        self._read(history)
+        beside = np.array([self._row(values) for values in running]).reshape(-1, self.layout.columns)
+        pool = self._pool(history[: checkpoint(len(history))], blend, seed)
+        bits = np.concatenate([self._bits, beside])
+        quality = np.concatenate([self._qualities(history), pool.model.predict(beside)])
+        known = np.flatnonzero(np.isfinite(quality))
+        cost, quality = self.layout.cost(blend, bits[known]), quality[known]
+        taken = {*self._keys, *(row.tobytes() for row in beside), *(self._row(values).tobytes() for values in barred)}
+        fresh = np.array([bool(self.others) or key not in taken for key in pool.keys], dtype=bool)
+        if fresh.any():
+            trusted = pool.predicted[1 + turn // EXPLORED % DRAWS if turn % EXPLORED == 0 else 0]
+            score = gains(pool.cost, trusted, cost, quality, self.layout.largest(blend))
+            score[~fresh] = -np.inf
+            row = pool.bits[int(score.argmax())]
+        else:
+            found = self._widened(np.concatenate([pool.bits, bits]), taken, generator)
+            if found is None:
+                return None
+            row = found
+        values = {a: int(width) for a, width in zip(self.layout.addresses, row, strict=True)}
+        if not self.others:
+            return values
+        members = known[staircase(cost, quality)]
+        donors = [history[i].values for i in members if i < len(history)]
+        return self._completed(values, donors, [*(t.values for t in history), *running, *barred], generator)
+
+    def _read(self, history: Sequence[Tried]) -> None:
+        """Encode the trials; those of the last call are kept as long as the history only grows."""
+        same = sum(takewhile(bool, map(is_, self._seen, history)))
+        if same < len(self._seen):
+            self._seen, self._keys = self._seen[:same], self._keys[:same]
+            self._bits = self._bits[:same]
+        rows = [self._row(tried.values) for tried in history[same:]]
+        self._seen += history[same:]
+        self._keys += [row.tobytes() for row in rows]
+        self._bits = np.concatenate([self._bits, np.array(rows).reshape(-1, self.layout.columns)])
+
+    def _row(self, values: Mapping[str, Any]) -> np.ndarray:
+        return np.array([values[address] for address in self.layout.addresses], dtype=float)
+
+    def _qualities(self, history: Sequence[Tried]) -> np.ndarray:
+        """To be minimised: infinite if unknown, the worst if they failed, (n,)."""
+        known = [self.sign * t.quality for t in history if t.quality is not None]
+        worst = max(known, default=np.inf)
+        return np.array(
+            [self.sign * t.quality if t.quality is not None else worst if t.failed else np.inf for t in history]
+        )
+
+    def _pool(self, history: Sequence[Tried], blend: Blend, seed: int) -> _Pool:
+        """What is worth trying after this history; kept until another one is asked for."""
+        key = (seed, *blend.items())
+        kept = self._pools.get(key)
+        if kept is None or len(kept[0]) != len(history) or not all(map(is_, kept[0], history)):
+            generator = np.random.default_rng([seed, len(history), len(self.blends)])
+            pool = self._made(self._bits[: len(history)], self._qualities(history), blend, generator)
+            kept = self._pools[key] = tuple(history), pool
+        return kept[1]
+
+    def _made(self, bits: np.ndarray, quality: np.ndarray, blend: Blend, generator: np.random.Generator) -> _Pool:
+        ended = np.isfinite(quality)
+        taken = {row.tobytes() for row in bits}
+        bits, quality = bits[ended], quality[ended]
+        model = fit(bits, quality, self.prior) if len(quality) >= FEWEST else guess(self.prior)
+        models = [model, *(model.sample(generator) for _ in range(DRAWS))]
+        cost = self.layout.cost(blend, bits)
+        members, largest = staircase(cost, quality), self.layout.largest(blend)
+        found = [self.layout.best(m.sensitivities, blend, PRICES) for m in models]
+        found += [self.layout.neighbours(bits[i], PAIRS, generator) for i in members[:PARENTS]]
+        found += [bits[members]] if self.others else []
+        unique = {row.tobytes(): row for rows in found for row in rows}
+        rows = np.array([row for key, row in unique.items() if self.others or key not in taken])
+        rows = self.layout.allowed(rows.reshape(-1, self.layout.columns))
+        costs, residual = self.layout.cost(blend, rows), model.residual(rows)
+        predicted = [m.curve(rows) + residual for m in models]
+        ranks = [np.argsort(np.argsort(-gains(costs, p, cost, quality, largest))) for p in predicted]
+        kept = np.argsort(np.min(ranks, axis=0), kind="stable")[:POOL]
+        return _Pool(
+            model=model,
+            bits=rows[kept],
+            keys=[row.tobytes() for row in rows[kept]],
+            cost=costs[kept],
+            predicted=[p[kept] for p in predicted],
+        )
+
+    def _widened(self, rows: np.ndarray, taken: set[bytes], generator: np.random.Generator) -> np.ndarray | None:
+        """A random neighbour of one of these rows, or of its neighbours, and so on, that is not taken."""
+        rows = np.concatenate([rows, self.layout.extreme(0)[None]])
+        for _ in range(WIDENED):
+            parents = rows[generator.integers(len(rows), size=8)]
+            found = np.concatenate([self.layout.neighbours(row, PAIRS, generator) for row in parents])
+            for row in self.layout.allowed(generator.permutation(found)):
+                if row.tobytes() not in taken:
+                    return row
+            rows = np.concatenate([rows, found])
+        return None
+
+    def _completed(
+        self,
+        bits: dict[str, Any],
+        donors: Sequence[Mapping[str, Any]],
+        taken: Sequence[Mapping[str, Any]],
+        generator: np.random.Generator,
+    ) -> dict[str, Any] | None:
+        """With parameters beside bits from a member of the front, one of them drawn anew half of the time."""
+        chance = random.Random(int(generator.integers(2**32)))
+        drawn = random_values({name: self.space[name] for name in self.others}, chance)
+        donor = chance.choice(donors) if donors else drawn
+        values = bits | {name: donor[name] for name in self.others}
+        for attempt in range(WIDENED):
+            if (attempt or chance.random() < 0.5) and donors:
+                name = chance.choice(self.others)
+                values |= random_values({name: self.space[name]}, chance)
+            if values not in taken:
+                return values
+        return None
+
+
+def _blended(guessed: np.ndarray, known: Sequence[float | None]) -> np.ndarray:
+    """What is known; elsewhere the guess, scaled to the known ones' geometric mean."""
+    told = np.array([value is not None and value > 0 for value in known], dtype=bool)
+    if not told.any():
+        return guessed
+    values = np.array([value or 1.0 for value in known])
+    scale = np.exp((np.log(values[told]) - np.log(guessed[told])).mean())
+    return np.where(told, values, scale * guessed)
+
+
+def checkpoint(ended: int) -> int:
+    """How much of a history the model is fitted to: all of a short one, then each so much more.
+
+    >>> [checkpoint(n) for n in (3, 15, 16, 33, 34, 100)]
+    [3, 15, 16, 32, 32, 96]
+    """
+    step = 1 << max(0, (ended // REFITS).bit_length() - 1)
+    return ended // step * step

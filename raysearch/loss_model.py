@@ -1,0 +1,211 @@
+"""How a network's loss depends on its bits, from what trials returned: sensitivities, corrected as results come in.
+
+Rounding noise quarters with each bit, so a quality y (lower is better: loss, or 1 - accuracy) is modelled as
+
+    y = a + c log(e0 + sum_j s_j 4^-b_j)  +  r(b)
+
+with a sensitivity s_j > 0 for each bit parameter. With a large e0 this is a sum of independent losses, with a small one
+their logarithm, between them it saturates as accuracy does. The s_j have a lognormal prior around what is known before
+training, of a width that the results decide (marginal likelihood): sensitivities that fit are kept, wrong ones are
+forgotten. The maximum of the posterior is found by Gauss-Newton steps; its curvature gives samples for Thompson
+sampling. r is a Gaussian process over the widths, for what no sum can say: interactions of layers.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+LOG4 = np.log(4.0)
+TRUST = (0.03, 0.1, 0.3, 1.0, 2.0)
+"""Widths of the prior of log sensitivities that the results choose from."""
+NOISE = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+"""Standard deviations of what the sum leaves unexplained, as shares of that of all results."""
+GLOBAL = 3
+"""Parameters before the sensitivities: a, log c, log e0."""
+STEPS, CHOOSING = 6, 2
+"""Gauss-Newton steps at most, and those of them that choose prior width and noise anew."""
+LENGTHS = (2.0, 4.0)
+"""Length scales of the residual, in bits (Euclidean distance over all parameters)."""
+NUGGETS = (1e-2, 0.1, 0.5, 2.0)
+"""Variances of independent noise, as shares of the residual's smooth variance."""
+FEWEST_RESIDUALS, JUDGED, MOST_RESIDUALS = 4, 96, 256
+"""Trials for which r is 0; the last trials, by which length and noise are chosen; those that r goes through."""
+FLOOR = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossModel:
+    """A fitted model.
+
+    Attributes:
+        values: a, log c, log e0, and the log sensitivities, (3 + parameters,).
+        root: square root of the posterior covariance, (3 + parameters, 3 + parameters).
+        trust: chosen width of the prior.
+        known: widths at which the residual is conditioned, (k, parameters).
+        pull: weights of the kernel at each of them, (k,).
+        length: length scale of the kernel in bits.
+    """
+
+    values: np.ndarray
+    root: np.ndarray
+    trust: float
+    known: np.ndarray
+    pull: np.ndarray
+    length: float = 1.0
+
+    @property
+    def sensitivities(self) -> np.ndarray:
+        """Of each bit parameter, up to a common factor."""
+        return np.exp(self.values[GLOBAL:])
+
+    def predict(self, bits: np.ndarray) -> np.ndarray:
+        """Predicted quality of each row of widths, (n,)."""
+        return self.curve(bits) + self.residual(bits)
+
+    def curve(self, bits: np.ndarray) -> np.ndarray:
+        """The part that is a sum over parameters, (n,)."""
+        return _curve(self.values, bits)[0]
+
+    def residual(self, bits: np.ndarray) -> np.ndarray:
+        """r of each row of widths, (n,)."""
+        return _kernel(bits, self.known, self.length) @ self.pull if len(self.known) else np.zeros(len(bits))
+
+    def sample(self, generator: np.random.Generator) -> "LossModel":
+        """The same with sensitivities drawn from their posterior."""
+        drawn = self.root @ generator.standard_normal(len(self.values))
+        return replace(self, values=self.values + np.clip(drawn, -3, 3))
+
+
+def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray) -> LossModel:
+    """Fit to results.
+
+    Args:
+        bits: widths of each trial, (n, parameters), n >= 1.
+        quality: what was measured, lower is better, finite, (n,).
+        prior: guessed sensitivities up to a common factor, > 0, (parameters,).
+    """
+    spread = max(float(quality.std()), FLOOR)
+    centre = _start(bits, quality, np.log(prior), spread)
+    posterior = _Posterior(trusts=np.array(TRUST), spread=spread)
+    values, cost = centre, np.inf
+    for step in range(STEPS):
+        predicted, slopes = _curve(values, bits)
+        target = quality - predicted + slopes @ (values - centre)  # of the linearised model, from the prior's centre
+        posterior = posterior.updated(slopes, target, choose=step < CHOOSING)
+        move = centre + posterior.mean - values
+        before = posterior.objective(values - centre, quality - predicted)
+        for shrink in (1.0, 0.5, 0.25, 0.1):
+            moved = values + shrink * move
+            after = posterior.objective(moved - centre, quality - _curve(moved, bits)[0])
+            if after < before:
+                values = moved
+                break
+        if step >= CHOOSING and abs(cost - after) < 1e-3 * max(1.0, abs(after)):
+            break
+        cost = after
+    known, pull, length = _residual(bits, quality - _curve(values, bits)[0], spread)
+    return LossModel(values=values, root=posterior.root, trust=posterior.trust, known=known, pull=pull, length=length)
+
+
+def guess(prior: np.ndarray) -> LossModel:
+    """What is believed before any result: the prior's sensitivities, and a loss that is the logarithm of their sum."""
+    values = np.concatenate([[0.0, 0.0, np.log(FLOOR * prior.sum())], np.log(prior)])
+    root = np.diag(np.concatenate([np.zeros(GLOBAL), np.ones(len(prior))]))
+    return LossModel(values=values, root=root, trust=1.0, known=np.zeros((0, len(prior))), pull=np.zeros(0))
+
+
+def _curve(values: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The formula without r, (n,), and its derivatives by all values, (n, 3 + parameters)."""
+    terms = np.exp(values[GLOBAL:] - LOG4 * bits)
+    floor, scale = np.exp(values[2]), np.exp(values[1])
+    total = floor + terms.sum(axis=1)
+    logs = np.log(total)
+    ones = np.ones(len(bits))
+    parts = scale * terms / total[:, None]
+    return values[0] + scale * logs, np.column_stack([ones, scale * logs, scale * floor / total, parts])
+
+
+def _start(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, spread: float) -> np.ndarray:
+    """The best a and c for each of several e0, with the prior's sensitivities scaled to a typical sum of 1."""
+    sums = np.exp(prior - LOG4 * bits).sum(axis=1)
+    middle = float(np.exp(np.log(sums).mean()))
+    best, error = np.zeros(0), np.inf
+    for floor in (1e-3, 0.1, 1.0, 10.0):
+        logs = np.log(floor + sums / middle)
+        centred = logs - logs.mean()
+        variance = float(centred @ centred)
+        slope = max(float(centred @ quality) / variance if variance > FLOOR else spread, 0.05 * spread)
+        offset = float(quality.mean() - slope * logs.mean())
+        misfit = float(((quality - offset - slope * logs) ** 2).sum())
+        if misfit < error:
+            best, error = np.concatenate([[offset, np.log(slope), np.log(floor)], prior - np.log(middle)]), misfit
+    return best
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Posterior:
+    """Of the linearised model: prior width and noise with the largest marginal likelihood, and what follows.
+
+    Attributes:
+        trusts: widths of the prior that are tried.
+        spread: standard deviation of the results.
+        trust, noise: as chosen.
+        mean: from the prior's centre.
+        root: square root of the covariance.
+    """
+
+    trusts: np.ndarray
+    spread: float
+    trust: float = 1.0
+    noise: float = 1.0
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    root: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def updated(self, slopes: np.ndarray, target: np.ndarray, *, choose: bool) -> "_Posterior":
+        trusts = self.trusts if choose else np.array([self.trust])
+        widths = np.stack([self.widths(trust, slopes.shape[1]) for trust in trusts])
+        eigen, basis = np.linalg.eigh(widths[:, :, None] * (slopes.T @ slopes) * widths[:, None, :])
+        eigen = np.maximum(eigen, 0.0)
+        turned = np.einsum("tpk,tp->tk", basis, widths * (slopes.T @ target))
+        noises = self.spread * np.array(NOISE)
+        variance = noises[:, None] ** 2
+        shrunk = eigen[:, None, :] / variance + 1  # (trusts, noises, parameters)
+        misfit = float(target @ target) / noises**2 - ((turned[:, None, :] / variance) ** 2 / shrunk).sum(axis=2)
+        evidence = -0.5 * (misfit + len(target) * np.log(noises**2) + np.log(shrunk).sum(axis=2))
+        t, k = np.unravel_index(int(evidence.argmax()), evidence.shape)
+        mean = widths[t] * (basis[t] @ (turned[t] / variance[k] / shrunk[t, k]))
+        root = widths[t][:, None] * basis[t] / np.sqrt(shrunk[t, k])
+        return replace(self, trust=float(trusts[t]), noise=float(noises[k]), mean=mean, root=root)
+
+    def widths(self, trust: float, count: int) -> np.ndarray:
+        return np.concatenate([[10 * self.spread, 1.0, 3.0], np.full(count - GLOBAL, trust)])
+
+    def objective(self, off: np.ndarray, misfit: np.ndarray) -> float:
+        """Twice the negative logarithm of the posterior, up to a constant."""
+        off = off / self.widths(self.trust, len(off))
+        return float(misfit @ misfit) / self.noise**2 + float(off @ off)
+
+
+def _residual(bits: np.ndarray, residual: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """A Gaussian process through what the sum leaves, by marginal likelihood; empty if there is next to nothing."""
+    if len(residual) < FEWEST_RESIDUALS or residual.std() < 1e-3 * spread:
+        return bits[:0], residual[:0], 1.0
+    known, wanted = bits[-JUDGED:], residual[-JUDGED:]
+    best, length, nugget = -np.inf, LENGTHS[0], NUGGETS[-1]
+    for tried in LENGTHS:
+        eigen, basis = np.linalg.eigh(_kernel(known, known, tried))
+        turned = basis.T @ wanted
+        for share in NUGGETS:
+            shrunk = np.maximum(eigen, 0.0) + share
+            scale = float((turned**2 / shrunk).mean())
+            evidence = -0.5 * (len(turned) * np.log(scale) + float(np.log(shrunk).sum()))
+            if evidence > best:
+                best, length, nugget = evidence, tried, share
+    known, wanted = bits[-MOST_RESIDUALS:], residual[-MOST_RESIDUALS:]
+    covariance = _kernel(known, known, length) + nugget * np.eye(len(known))
+    return known, np.linalg.solve(covariance, wanted), length
+
+
+def _kernel(left: np.ndarray, right: np.ndarray, length: float) -> np.ndarray:
+    squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2 * left @ right.T
+    return np.exp(-np.maximum(squares, 0.0) / (2 * length**2))

@@ -1,0 +1,100 @@
+"""Who searches the laboratory's problems: ours, and what it is measured against."""
+
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import IntDistribution
+
+from raysearch.frontier import Frontier, Tried
+from raysearch.ledger import make_sampler
+from raysearch.proposals import random_values, uniform_proposals
+from tests.laboratory.clock import Proposer
+from tests.laboratory.problems import OBJECTIVES, Problem
+
+
+class Default:
+    """Ours: the diagonal of the uniform configurations, then the frontier."""
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.anchors = uniform_proposals(problem.space, {}, 0)
+        self.frontier = Frontier(problem.space, problem.layers, OBJECTIVES, sensitivities=problem.told)
+        self.history: list[Tried] = []
+        self.pending: list[Mapping[str, Any]] = []
+        self.seed = seed
+
+    def ask(self) -> dict[str, Any] | None:
+        values = self.anchors.pop(0) if self.anchors else self.frontier.propose(self.history, self.pending, self.seed)
+        if values is not None:
+            self.pending.append(values)
+        return values
+
+    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
+        self.pending.remove(values)
+        self.history.append(Tried(values=values, quality=quality))
+
+
+class Random:
+    """Every configuration as likely as any other."""
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.space, self.generator = problem.space, random.Random(seed)
+
+    def ask(self) -> dict[str, Any] | None:
+        return random_values(self.space, self.generator)
+
+    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
+        pass
+
+
+class Uniform:
+    """The uniform configurations, and nothing after them."""
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.left = uniform_proposals(problem.space, {}, 10**6)
+
+    def ask(self) -> dict[str, Any] | None:
+        return self.left.pop(0) if self.left else None
+
+    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
+        pass
+
+
+class Plain:
+    """An Optuna sampler as a person would use it: each parameter an ordered integer, the place of its width."""
+
+    def __init__(self, problem: Problem, seed: int, sampler: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.problem = problem
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            made = optuna.samplers.TPESampler(seed=seed) if sampler == "tpe" else make_sampler(sampler, seed, 50)
+        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=made)
+        self.places = {name: IntDistribution(0, len(problem.widths) - 1) for name in problem.space}
+        self.running: list[tuple[dict[str, Any], optuna.Trial]] = []
+
+    def ask(self) -> dict[str, Any] | None:
+        trial = self.study.ask(self.places)
+        values = {name: self.problem.widths[place] for name, place in trial.params.items()}
+        self.running.append((values, trial))
+        return values
+
+    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
+        place = next(i for i, (mine, _) in enumerate(self.running) if mine is values or mine == values)
+        _, trial = self.running.pop(place)
+        if quality is None:
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            cost = float(self.problem.evaluate(self.problem.array(values)[None])[0, 1])
+            self.study.tell(trial, [quality, cost])
+
+
+PROPOSERS: dict[str, Callable[[Problem, int], Proposer]] = {
+    "auto": Default,
+    "uniform": Uniform,
+    "random": Random,
+    "nsga2": lambda problem, seed: Plain(problem, seed, "nsga2"),
+    "tpe": lambda problem, seed: Plain(problem, seed, "tpe"),
+}
