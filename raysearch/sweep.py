@@ -4,6 +4,7 @@
 the layer table, and the search space.
 """
 
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ def resolve(sweep: Sweep) -> Resolved:
                 f"take a multiple of {sweep.workers}"
             )
     table = layer_table(config)
-    base, space = config.tree(), _space(sweep, table)
+    base, space = config.tree(), _space(sweep, table, config.tree())
     _check_proposals(sweep, base, table, space)
     resolved = Resolved(sweep, base, config, table, space)
     if sweep.sampler == "frontier":
@@ -215,14 +216,17 @@ def _setting_faults(settings: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _space(sweep: Sweep, table: "LayerTable") -> dict[str, "BaseDistribution"]:
+def _space(sweep: Sweep, table: "LayerTable", base: dict[str, Any]) -> dict[str, "BaseDistribution"]:
+    """The search space over the model's layers; one that takes `config` gets the base configuration's tree, too."""
     from optuna.distributions import BaseDistribution
 
     from trainables import plugins
     from trainables.errors import PluginError
 
     try:
-        space = plugins.attribute("spaces", sweep.space, "space")(table.quantizable)
+        make = plugins.attribute("spaces", sweep.space, "space")
+        given = {"config": base} if "config" in inspect.signature(make).parameters else {}
+        space = make(table.quantizable, **given)
     except TypeError as error:
         raise PluginError(f"space {sweep.space!r} cannot be made of a model's layers: {error}") from error
     if not isinstance(space, dict) or not all(isinstance(d, BaseDistribution) for d in space.values()):

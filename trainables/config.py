@@ -349,7 +349,7 @@ def _width_faults(config: TrialConfig, layer: Layer, width: LayerBits, method: A
     given = config.bits.get(layer.name, {}).get("activation", INPUT_BITS)
     if layer.first and given != INPUT_BITS:
         yield f"bits/{layer.name}/activation = {given}: the network's input has {INPUT_BITS} bits"
-    lowest = max(method.activation_bits.start, 2 if layer.signed else 1)
+    lowest = max(method.activation_bits.start, 2 if layer.signed and method.signed_codes else 1)
     if layer.first or "activation" not in method.given_bits:
         return
     if not lowest <= width.activation < method.activation_bits.stop:
@@ -359,7 +359,7 @@ def _width_faults(config: TrialConfig, layer: Layer, width: LayerBits, method: A
 
 
 def _one_bit(width: int) -> str:
-    return " (use 'dorefa' for 1 bit)" if width == 1 else ""
+    return " (use 'dorefa' or 'n2uq' for 1 bit)" if width == 1 else ""
 
 
 def digest(config: TrialConfig, bits: Mapping[str, LayerBits]) -> str:

@@ -56,6 +56,7 @@ class Method:
     Attributes:
         weight_bits: widths that a person may give a layer's weights.
         activation_bits: widths that a person may give the activations that a layer reads.
+        signed_codes: whether codes below zero are needed where a layer reads negative values: 1 bit has none.
         given_bits: which of the two can be given at all; `prepare` gets 32 for the others.
         learns_bits: whether widths come out of training, so that a trial's cost is unknown before it.
         step_each_loss: whether the optimizer steps after each of the `losses`, not once after all of them.
@@ -65,6 +66,7 @@ class Method:
 
     weight_bits: ClassVar[range] = range(2, 9)
     activation_bits: ClassVar[range] = range(2, 9)
+    signed_codes: ClassVar[bool] = True
     given_bits: ClassVar[frozenset[str]] = frozenset({"weight", "activation"})
     learns_bits: ClassVar[bool] = False
     step_each_loss: ClassVar[bool] = False

@@ -160,7 +160,7 @@ SPACES = [
     (
         "return {'bits/conv2/weight': IntDistribution(1, 8)}",
         ConfigError,
-        "bits/conv2/weight = 1: method 'lsq' takes 2..8 (use 'dorefa' for 1 bit)",
+        "bits/conv2/weight = 1: method 'lsq' takes 2..8 (use 'dorefa' or 'n2uq' for 1 bit)",
     ),
     (
         "return {'bits/conv2/activation': CategoricalDistribution([4, 2, 9])}",

@@ -286,7 +286,7 @@ def test_the_order_in_which_bits_are_given_does_not_matter(values):
     [
         ({"bits/conv9/weight": 4}, "bits/conv9: model 'lenet5' has no such layer; did you mean 'conv2'?"),
         ({"bits/layer*/weight": 4}, "bits/layer*: model 'lenet5' has no such layer"),
-        ({"bits/conv2/weight": 1}, "bits/conv2/weight = 1: method 'lsq' takes 2..8 (use 'dorefa' for 1 bit)"),
+        ({"bits/conv2/weight": 1}, "bits/conv2/weight = 1: method 'lsq' takes 2..8 (use 'dorefa' or 'n2uq' for 1 bit)"),
         ({"bits/conv2/weight": 9}, "bits/conv2/weight = 9: method 'lsq' takes 2..8"),
         ({"bits/conv2/activation": 0}, "bits/conv2/activation = 0: method 'lsq' takes 2..8"),
         ({"bits/conv1/activation": 4}, "bits/conv1/activation = 4: the network's input has 8 bits"),
@@ -523,9 +523,8 @@ def test_settings_are_listed_with_their_types_defaults_and_texts(kind):
         {"method": "trainables.methods", "model": "trainables.models"}.get(kind, "trainables.data")
     ):
         tree = at({kind: {"name": name}}).tree()[kind]
-        assert {key: default for key, (_, default, _) in settings_of(kind, name).items()} == {
-            key: value for key, value in tree.items() if key != "name"
-        }
+        defaults = {key: default for key, (_, default, _) in settings_of(kind, name).items()}
+        assert json.loads(json.dumps(defaults)) == {key: value for key, value in tree.items() if key != "name"}
 
 
 def test_replacing_a_part_of_a_config_gives_a_new_one():

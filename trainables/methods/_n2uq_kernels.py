@@ -1,0 +1,140 @@
+"""Kernels of N2UQ beside its thresholds: weights of the largest entropy, and RPReLU.
+
+Liu et al. 2022, "Nonuniform-to-uniform quantization", arXiv:2111.14826, section 3.3; RPReLU is from ReActNet, Liu et
+al. 2020, arXiv:2003.03488. As in `quantize`, a formula is one `autograd.Function` with its gradient in closed form.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainables.quantize import SMALLEST_SCALE, _by_number, _compilable, _dense, _flat, _laid_out_as, _run
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of the largest entropy
+
+
+def filter_scale(w: Tensor, q_max: Tensor) -> Tensor:
+    """Factor of each filter, `(2^n - 1) / 2^(n-1) * mean |w|`; channels first. Shape (channels, 1, ...).
+
+    Weights spread evenly over their range would then fill all levels alike, which is where their entropy is largest.
+    """
+    gamma = 2 * q_max / (q_max + 1)
+    return (w.abs().mean(dim=tuple(range(1, w.dim())), keepdim=True) * gamma).clamp_min(SMALLEST_SCALE)
+
+
+def _entropy_forward(w: Tensor, q_max: Tensor, clip_range: Tensor) -> tuple[Tensor, Tensor]:
+    scale = filter_scale(w, q_max)
+    codes = torch.clamp(w * (q_max / (clip_range * scale)) + q_max / 2, torch.zeros_like(q_max), q_max).round()
+    return (codes - q_max / 2) * (scale * clip_range / q_max), scale
+
+
+def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor) -> tuple[Tensor, Tensor]:
+    if not _by_number(w):
+        return _entropy_forward(w, q_max, clip_range)
+    steps, width = float(q_max), float(clip_range)
+    y = w.abs()
+    scale = (y.mean(dim=tuple(range(1, w.dim())), keepdim=True) * (2 * steps / (steps + 1))).clamp_min_(SMALLEST_SCALE)
+    torch.mul(w, steps / width / scale, out=y).add_(steps / 2).clamp_(0, steps).round_()
+    return y.sub_(steps / 2).mul_(scale * (width / steps)), scale
+
+
+class _EntropyWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, q_max: Tensor, clip_range: Tensor, rescale: bool) -> Tensor:
+        if _compilable():
+            flat = _flat(_dense(w)).view(len(w), -1)
+            y, scale = _run(_entropy_forward, flat, q_max, clip_range)
+            y = y.as_strided_(w.shape, _dense(w).stride())
+            scale = scale.view(-1, *[1] * (w.dim() - 1))
+        else:
+            y, scale = _entropy_forward_eager(w, q_max, clip_range)
+        ctx.rescale = rescale
+        ctx.save_for_backward(scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return g / scale if ctx.rescale else g, None, None, None
+
+
+def entropy_weight(w: Tensor, q_max: Tensor, clip_range: Tensor, *, rescale: bool = False) -> Tensor:
+    """Divide each filter by its `filter_scale`, clip, round to `q_max + 1` levels around 0, and scale back.
+
+    N2UQ, section 3.3. There is no level 0; an exact 0 goes to the level that half to even gives.
+
+    Args:
+        w: channels first.
+        q_max: highest code, `2^bits - 1`; shape ().
+        clip_range: distance of the outer levels in units of the scale, 2 in the method; shape ().
+        rescale: whether the gradient is divided by the scale, as in the authors' code, or passed as it is. It has no
+            mask for clipped weights either way.
+    """
+    return _EntropyWeight.apply(w, q_max, clip_range, rescale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RPReLU
+
+
+def _rprelu_forward(x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    moved = x + shift
+    return torch.where(moved > 0, moved, moved * slope) + offset, moved
+
+
+def _rprelu_backward(
+    g: Tensor, moved: Tensor, slope: Tensor, summed: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    negative = torch.where(moved > 0, 0.0, g)
+    grad_x = g + negative * (slope - 1)
+    return grad_x, grad_x.sum(summed), (negative * moved).sum(summed), g.sum(summed)
+
+
+class _RPReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor, dim: int) -> Tensor:
+        after = [1] * (x.dim() - 1 - dim % x.dim())
+        ctx.summed = [axis for axis in range(x.dim()) if axis != dim % x.dim()]
+        shift, slope, offset = (p.view(-1, *after) for p in (shift, slope, offset))
+        if torch.compiler.is_compiling():
+            y, moved = _rprelu_forward(x, shift, slope, offset)
+        elif _compilable():
+            y, moved = _run(_rprelu_forward, _dense(x), shift.data, slope.data, offset.data)
+        else:
+            moved = x + shift
+            y = torch._prelu_kernel(moved, slope).add_(offset)
+        ctx.save_for_backward(moved, slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        moved, slope = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return *_rprelu_backward(g, moved, slope, ctx.summed), None
+        g = _laid_out_as(g, moved)
+        if _compilable():
+            return *_run(_rprelu_backward, g, moved, slope.data, ctx.summed), None
+        # What torch.where does, in vectorised passes: the gradient of the positive part, and what it leaves.
+        negative = torch.ops.aten.threshold_backward(g, moved, 0)
+        torch.sub(g, negative, out=negative)
+        grad_x = torch.addcmul(g, negative, slope - 1)
+        grads = grad_x.sum(ctx.summed), negative.mul_(moved).sum(ctx.summed), g.sum(ctx.summed)
+        return grad_x, *grads, None
+
+
+def rprelu(x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor, dim: int = 1) -> Tensor:
+    """`prelu(x + shift, slope) + offset`, each per channel; ReActNet, equation 4.
+
+    Args:
+        x: any shape.
+        shift: added before the kink; shape (channels,).
+        slope: below the kink; at it the gradient is that of the lower side; shape (channels,).
+        offset: added after; shape (channels,).
+        dim: which dimension of x the channels are.
+    """
+    return _RPReLU.apply(x, shift, slope, offset, dim)
