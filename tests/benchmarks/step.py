@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--methods", default="lsq")
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--networks", default="lenet5,resnet20")
     parser.add_argument("--bits", default="2,4,8")
     parser.add_argument("--set", nargs="*", default=[], metavar="ADDRESS=JSON")
     parser.add_argument("--compile-model", action="store_true")
