@@ -395,6 +395,7 @@ def test_ctrl_c_ends_a_sweep_soon_and_says_how_to_go_on(life: Life) -> None:
 
 def test_only_our_own_lines_are_on_the_terminal_and_data_alone_on_stdout(life: Life) -> None:
     ours = rf"""{re.escape(str(life.result.path))}: {TRIALS} trials of .* \(2 parameters\)
+|sampler frontier: 2 bit parameters, .*
 |trial \d+ (complete: accuracy .*|failed: ValueError: no 3 bits today .*|failed: DivergedError: loss is nan .*)
 |interrupted; everything is kept\. .*
 |"""
