@@ -97,7 +97,9 @@ class _Folded(nn.Module):
     static: bool
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        if isinstance(self, nn.Conv2d):
+            return self._conv_forward(x, weight, bias)
+        return functional.linear(x, weight, bias)
 
     def _sigma(self) -> Tensor:
         return torch.sqrt(self.norm[0].running_var + self.norm[0].eps)
@@ -147,15 +149,9 @@ class _Folded(nn.Module):
 class FoldedConv2d(_Folded, QuantizedConv2d):  # type: ignore[misc]
     """A quantized convolution without bias, and the batch norm behind it."""
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
-
 
 class FoldedLinear(_Folded, QuantizedLinear):  # type: ignore[misc]
     """A quantized linear layer without bias, and the batch norm behind it."""
-
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight, bias)
 
 
 def folded(
