@@ -16,7 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from raysearch.cli import KINDS, _sweep, _sweep_options, main
+from raysearch.cli import main
+from raysearch.commands.list import KINDS
+from raysearch.options import sweep_of, sweep_options
 from raysearch.records import RunFolder, write_json
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import (
@@ -341,11 +343,11 @@ def test_a_disk_that_says_no_is_one_line_and_exit_code_1(cli: Cli, tmp_path: Pat
 
 
 @click.command()
-@_sweep_options()
+@sweep_options()
 @click.option("--objectives")
 def show(**options: Any) -> None:
     """What the flags say, for the tests."""
-    click.echo(json.dumps(_sweep(options).tree()))
+    click.echo(json.dumps(sweep_of(options).tree()))
 
 
 def asked(*arguments: Any) -> Sweep:

@@ -1,0 +1,59 @@
+"""A sweep before the eyes of a person: a live view while it runs, and what came of it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def watched(run: Callable[[Any], Any]) -> None:
+    """Run a sweep before the eyes of a person, and say what came of it."""
+    from rich.console import Console
+
+    from raysearch.progress import LiveProgress, PlainProgress
+
+    console = Console(stderr=True)
+    live = sys.stdout.isatty() and console.is_terminal
+    watcher = _Remembering(LiveProgress(console) if live else PlainProgress(console))
+    try:
+        result = run(watcher)
+    except KeyboardInterrupt:
+        if watcher.path is not None:
+            click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
+        raise
+    _show(result)
+
+
+class _Remembering:
+    """A watcher that remembers the run folder, for what is said after an interruption."""
+
+    def __init__(self, watcher: Any) -> None:
+        self._watcher = watcher
+        self.path: Path | None = None
+
+    def started(self, folder: Any, resolved: Any) -> None:
+        self.path = folder.path
+        self._watcher.started(folder, resolved)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watcher, name)
+
+
+def _show(result: Any) -> None:
+    from raysearch.mlflow_links import front_url, ui_command
+    from raysearch.overview import size_of
+
+    front = result.front()
+    click.echo(f"\n{size_of(front, ' on the front')}\n")
+    click.echo(front.table())
+    click.echo(f"\nrun folder  {result.path}")
+    uri = result.description["sweep"]["mlflow_uri"]
+    command = ui_command(result.path, uri)
+    if command:
+        click.echo(f"MLflow      {command}")
+    click.echo(f"{'then open' if command else 'MLflow':12s}{front_url(result.path, uri)}")
+    click.echo(f"pick        raysearch pick {result.path} --max-relative-bops 2")
+    if result.mirrored is not None and not result.mirrored.complete:
+        click.echo(f"MLflow misses a part ({result.mirrored.error}); later: raysearch mirror {result.path}", err=True)
