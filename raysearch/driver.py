@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from raysearch import facts
 from raysearch.errors import SweepError, TrialError
 from raysearch.records import SCHEMA, RunFolder, write_json
-from raysearch.sweep import Resolved, Sweep, default_name, default_out, resolve
+from raysearch.space import read, written
+from raysearch.sweep import Resolved, Sweep, check_files, default_name, default_out, files_of, resolve
 
 if TYPE_CHECKING:
     from raysearch.book import Book
@@ -107,12 +108,14 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
 
     Raises:
         RecordError: no run folder.
-        SweepError: another driver is at work on it.
+        SweepError: another driver is at work on it, or a file of a plug-in has changed.
     """
     folder = RunFolder(Path(path))
-    sweep = Sweep.from_tree(folder.read_sweep()["sweep"])
+    described = folder.read_sweep()
+    sweep = Sweep.from_tree(described["sweep"])
+    check_files(described.get("files", {}))
     with _locked(folder):
-        resolved = resolve(sweep)
+        resolved = resolve(sweep, read(described["space"]))
         _load_data(resolved)
         with _ray(sweep):
             return _drive(folder, resolved, _capacity(sweep), watcher or Watcher())
@@ -164,8 +167,6 @@ def _locked(folder: RunFolder) -> Iterator[None]:
 
 
 def _describe(folder: RunFolder, resolved: Resolved, name: str) -> None:
-    from optuna.distributions import distribution_to_json
-
     _check_free(folder)  # another driver may have been faster
     write_json(
         folder.sweep,
@@ -177,7 +178,8 @@ def _describe(folder: RunFolder, resolved: Resolved, name: str) -> None:
             "seed": resolved.sweep.seed,
             "sweep": resolved.sweep.tree(),
             "base": resolved.base,
-            "space": {address: distribution_to_json(d) for address, d in resolved.space.items()},
+            "space": written(resolved.space),
+            "files": files_of(resolved.sweep),
             "macs": resolved.table.macs,
             "created_at": facts.now(),
             "versions": facts.versions(),

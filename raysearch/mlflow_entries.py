@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis.front import human_bytes, human_count, short_bits
+from raysearch.space import words
 
 NAME_MAX = 250
 PARAM_MAX = 6000
@@ -141,8 +142,10 @@ def epoch_start_ms(line: Mapping[str, Any]) -> int:
 def description(sweep: Mapping[str, Any], front: pd.DataFrame, completed: int) -> str:
     """The front as Markdown, most accurate first; rows that would not fit are counted instead."""
     goals = ", ".join(f"{name} {direction}" for name, direction in sweep["objectives"].items())
+    asked = {**sweep, **(sweep.get("sweep") or {})}
+    asked["space"] = words(asked.get("space") or {})
     head = f"**{len(front)} points on the front** of {completed} completed trials: {goals}; " + ", ".join(
-        f"{name} {sweep.get(name)}" for name in ("method", "model", "data", "space")
+        f"{name} {asked.get(name)}" for name in ("method", "model", "data", "space")
     )
     columns = list(dict.fromkeys(["trial", "accuracy", *sweep["objectives"], "bits"]))
     shown = front.sort_values("accuracy", ascending=False, kind="stable")[[c for c in columns if c in front]]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysearch.driver import Watcher
 from raysearch.overview import size_of
+from raysearch.space import words
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -62,7 +63,7 @@ class PlainProgress(Watcher):
         sweep = resolved.sweep
         self.say(
             f"{folder.path}: {sweep.trials} trials of {sweep.method} on {sweep.model}, {sweep.data}, "
-            f"{sweep.epochs} epochs, space {sweep.space} ({len(resolved.space)} parameters)"
+            f"{sweep.epochs} epochs, space {words(sweep.space)} ({len(resolved.space)} parameters)"
         )
         if sweep.sampler == "auto":
             from raysearch.choice import choose

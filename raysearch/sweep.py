@@ -4,15 +4,16 @@
 the layer table, and the search space.
 """
 
-import inspect
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from raysearch.errors import SweepError
+from raysearch.space import Asked, check, made, read, written
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -34,14 +35,17 @@ SAMPLERS = ("auto", "frontier", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The question a sweep answers; each field is a flag of `raysearch sweep`."""
+    """The question a sweep answers; each field is a flag of `raysearch sweep`.
 
-    method: Annotated[str, "quantization method: a name (raysearch list methods) or a dotted path"] = "lsq"
-    model: Annotated[str, "network: a name, or package.module:factory"] = "lenet5"
-    data: Annotated[str, "data set: a name or a dotted path"] = "digits"
+    In Python, `space` may also be a function `space(layers)`, or Optuna distributions by address.
+    """
+
+    method: Annotated[str, "quantization method: a name (raysearch list methods), a dotted path or FILE.py"] = "lsq"
+    model: Annotated[str, "network: a name, package.module:factory or FILE.py:factory"] = "lenet5"
+    data: Annotated[str, "data set: a name, a dotted path or FILE.py"] = "digits"
     data_root: Annotated[str | None, "where the data set lies"] = None
     download: Annotated[bool, "let torchvision download the data set into --data-root"] = False
-    space: Annotated[str, "search space: a name or a dotted path"] = "all_layers"
+    space: Annotated[Asked, "search space: a name, a dotted path or FILE.py"] = "all_layers"
     objectives: Annotated[dict[str, str], "what to search for, as accuracy:max,bops:min,..."] = field(
         default_factory=DEFAULT_OBJECTIVES.copy
     )
@@ -63,10 +67,14 @@ class Sweep:
     ] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
-        """The JSON form. Credentials in `mlflow_uri` are left out."""
+        """The JSON form. Credentials in `mlflow_uri` are left out.
+
+        Raises:
+            SweepError: the space is a function; `resolve(sweep).sweep` has its distributions instead.
+        """
         from raysearch.mlflow_links import public
 
-        tree = asdict(self)
+        tree = asdict(self) | {"space": written(self.space)}
         if self.mlflow_uri:
             tree["mlflow_uri"] = public(self.mlflow_uri)
         return tree
@@ -84,7 +92,7 @@ class Sweep:
         unknown = [f"unknown field {name!r} of a sweep{nearest(name, names)}" for name in tree if name not in names]
         if unknown:
             raise SweepError("; ".join(unknown))
-        return cls(**tree)
+        return cls(**{**tree, "space": read(tree["space"])} if "space" in tree else tree)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Resolved:
     """What follows from a sweep without training.
 
     Attributes:
+        sweep: the question, with absolute paths, and distributions in place of a function for a space.
         base: JSON tree of a trial's configuration, before a proposal is merged into it.
         config: the same, validated.
         table: layer table of the base configuration's model.
@@ -105,8 +114,12 @@ class Resolved:
     space: dict[str, "BaseDistribution"]
 
 
-def resolve(sweep: Sweep) -> Resolved:
+def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None) -> Resolved:
     """Check a sweep and work out what follows from it; nothing is loaded, trained or written.
+
+    Args:
+        sweep: the question.
+        space: its distributions, where they are known already; None makes them.
 
     Raises:
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
@@ -114,6 +127,7 @@ def resolve(sweep: Sweep) -> Resolved:
     from trainables.build import layer_table
 
     config = trial_config(sweep)
+    sweep = _located(sweep)
     for address, size in (("training", config.training.batch_size), ("start", config.start.batch_size)):
         if size % sweep.workers:
             raise SweepError(
@@ -121,9 +135,12 @@ def resolve(sweep: Sweep) -> Resolved:
                 f"take a multiple of {sweep.workers}"
             )
     table = layer_table(config)
-    base, space = config.tree(), _space(sweep, table, config.tree())
-    _check_proposals(sweep, base, table, space)
-    resolved = Resolved(sweep, base, config, table, space)
+    base = config.tree()
+    found = made(sweep.space, table.quantizable, base) if space is None else dict(space)
+    check(sweep, base, table, found)
+    if callable(sweep.space):
+        sweep = replace(sweep, space=found)
+    resolved = Resolved(sweep, base, config, table, found)
     if sweep.sampler == "frontier":
         from raysearch.choice import choose
 
@@ -143,19 +160,52 @@ def trial_config(sweep: Sweep) -> "TrialConfig":
 
     _check_types(sweep)
     _check_values(sweep)
+    sweep = _located(sweep)
     tree = {"method": {"name": sweep.method}, "model": {"name": sweep.model}, "data": {"name": sweep.data}}
     return parse(merged(tree, {"training/epochs": sweep.epochs, "seed": sweep.seed, **sweep.settings}))
 
 
+def _located(sweep: Sweep) -> Sweep:
+    """With absolute paths of files."""
+    from trainables.plugins import located
+
+    space = located(sweep.space) if isinstance(sweep.space, str) else sweep.space
+    names = [located(name) for name in (sweep.method, sweep.model, sweep.data)]
+    return replace(sweep, method=names[0], model=names[1], data=names[2], space=space)
+
+
+def files_of(sweep: Sweep) -> dict[str, str]:
+    """SHA-256 of each file that training takes code from, by path. What a space gave is in `sweep.json` itself."""
+    from trainables.plugins import is_file, split
+
+    paths = [split(name)[0] for name in (sweep.method, sweep.model, sweep.data) if is_file(name)]
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+
+
+def check_files(known: Mapping[str, str]) -> None:
+    """Refuse to go on with other code than the sweep began with.
+
+    Raises:
+        SweepError: a file is gone, or is not the one that `files_of` saw.
+    """
+    for path, digest in known.items():
+        if not Path(path).is_file():
+            raise SweepError(f"{path} is gone: put it back, the sweep takes code from it")
+        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
+            raise SweepError(f"{path} has changed since the sweep began: put it back as it was, or begin another sweep")
+
+
 def _check_types(sweep: Sweep) -> None:
     """A sweep may come from a JSON file that a person wrote."""
-    text, no_text = ("method", "model", "data", "space", "sampler"), ("data_root", "mlflow_uri")
+    text, no_text = ("method", "model", "data", "sampler"), ("data_root", "mlflow_uri")
     given = {f.name: getattr(sweep, f.name) for f in fields(sweep)}
     faults = [f"{name} = {given[name]!r}: text" for name in text if not isinstance(given[name], str)]
     faults += [f"{name} = {given[name]!r}: text" for name in no_text if not isinstance(given[name], str | None)]
     for name in ("download", "train"):
         if not isinstance(given[name], bool):
             faults.append(f"{name} = {given[name]!r}: true or false")
+    if not (isinstance(sweep.space, str | Mapping) or callable(sweep.space)):
+        faults.append(f"space = {sweep.space!r}: a name, a function, or distributions by address")
     for name in ("objectives", "settings"):
         if not isinstance(given[name], dict) or not all(isinstance(key, str) for key in given[name]):
             faults.append(f"{name} = {given[name]!r}: a dictionary by name")
@@ -216,52 +266,11 @@ def _setting_faults(settings: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _space(sweep: Sweep, table: "LayerTable", base: dict[str, Any]) -> dict[str, "BaseDistribution"]:
-    """The search space over the model's layers; one that takes `config` gets the base configuration's tree, too."""
-    from optuna.distributions import BaseDistribution
-
-    from trainables import plugins
-    from trainables.errors import PluginError
-
-    try:
-        make = plugins.attribute("spaces", sweep.space, "space")
-        given = {"config": base} if "config" in inspect.signature(make).parameters else {}
-        space = make(table.quantizable, **given)
-    except TypeError as error:
-        raise PluginError(f"space {sweep.space!r} cannot be made of a model's layers: {error}") from error
-    if not isinstance(space, dict) or not all(isinstance(d, BaseDistribution) for d in space.values()):
-        raise SweepError(f"space {sweep.space!r} must return a dict of Optuna distributions by address")
-    if not space:
-        raise SweepError(f"space {sweep.space!r} has nothing to search on model {sweep.model!r}: take another space")
-    taken = sorted(set(space) & set(sweep.settings))
-    if taken:
-        raise SweepError(f"{', '.join(taken)}: set by --set and searched by space {sweep.space!r}; leave one out")
-    return space
-
-
-def _check_proposals(sweep: Sweep, base: dict[str, Any], table: Any, space: dict[str, Any]) -> None:
-    """The corners of the space must be valid configurations, and the budget must leave something to train."""
-    from raysearch.proposals import cheapest, corners, cost_of
-    from trainables.config import merged, parse, resolve_bits
-    from trainables.errors import ConfigError
-
-    for values in corners(space):
-        try:
-            config = parse(merged(base, values))
-            if config.model == parse(base).model:
-                resolve_bits(config, table)
-        except ConfigError as error:
-            raise ConfigError(f"space {sweep.space!r}: {error}") from error
-    lowest = cost_of(merged(base, cheapest(space)))
-    over = lowest.over(sweep)
-    if over:
-        raise SweepError(f"the budget leaves nothing to train: the cheapest configuration of the space has {over}")
-
-
 def default_name(sweep: Sweep, stamp: str) -> str:
     """Name of a sweep that was given none: `digits-lenet5-lsq-20261121-101500`."""
-    parts = (sweep.data, sweep.model, sweep.method)
-    return "-".join([*(part.replace(":", ".").rsplit(".", 1)[-1] for part in parts), stamp])
+    from trainables.plugins import label
+
+    return "-".join([*(label(part) for part in (sweep.data, sweep.model, sweep.method)), stamp])
 
 
 def default_out(name: str) -> Path:

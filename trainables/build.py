@@ -31,7 +31,7 @@ def data_shape(config: TrialConfig) -> tuple[int, tuple[int, int, int]]:
 
     A data set whose settings change them defines `shape(settings) -> (classes, input_shape)`.
     """
-    module = plugins.load("data", config.data.name.partition(":")[0])
+    module = plugins.load("data", plugins.split(config.data.name)[0])
     if hasattr(module, "shape"):
         return module.shape(config.data.settings)
     for wanted in ("CLASSES", "INPUT_SHAPE"):

@@ -1,11 +1,13 @@
 """Plug-ins: a file, its name, its first docstring line. No decorator, no central table.
 
 A name is looked up as a module of a package (`trainables.methods` + `lsq`); a dotted path is imported as it stands, so
-a person's own `mylab.ternary` works wherever a name does.
+a person's own `mylab.ternary` works wherever a name does; and so does the path of a file (`ternary.py`, `net.py:wide`).
+A file is run once in each process, under a name made of its path; it must lie there on every machine that trains.
 """
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -47,11 +49,13 @@ def load(kind: str, name: str) -> ModuleType:
 
     Args:
         kind: `methods`, `models`, `data` or `spaces`.
-        name: a name of ours (`lsq`) or the dotted path of a module of one's own (`mylab.ternary`).
+        name: a name of ours (`lsq`), or the dotted path (`mylab.ternary`) or file (`ternary.py`) of one's own.
 
     Raises:
         PluginError: no such plug-in (with the nearest name), or it does not import (with the reason).
     """
+    if is_file(name):
+        return _run(Path(split(name)[0]).resolve())
     package = KINDS[kind]
     if "." in name or f"{package}.{name}" in sys.modules:
         return _import(name if "." in name else f"{package}.{name}")
@@ -63,17 +67,69 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def attribute(kind: str, name: str, wanted: str) -> Any:
-    """The object `wanted` of a plug-in's module; `package.module:object` names another object.
+    """The object `wanted` of a plug-in's module; `package.module:object` or `FILE.py:object` names another object.
 
     Raises:
         PluginError: no such plug-in, or its module lacks the object.
     """
-    path, _, other = name.partition(":")
+    path, other = split(name)
     module = _import(path) if other and "." not in path else load(kind, path)
     found = getattr(module, other or wanted, None)
     if found is None:
         raise PluginError(f"{path!r} does not define {other or wanted!r}; a plug-in of {kind} must")
     return found
+
+
+def split(name: str) -> tuple[str, str]:
+    """Module and object that a plug-in's name speaks of; the object is empty where the name leaves it out.
+
+    >>> split("lsq"), split("mylab.nets:wide"), split("nets.py:wide")
+    (('lsq', ''), ('mylab.nets', 'wide'), ('nets.py', 'wide'))
+    """
+    path, _, wanted = name.rpartition(":") if ":" in name else (name, "", "")
+    return path, wanted
+
+
+def is_file(name: str) -> bool:
+    """Whether a plug-in's name is the path of a file."""
+    return split(name)[0].endswith(".py")
+
+
+def located(name: str) -> str:
+    """The name with the path of a file made absolute: the same on any process of this machine.
+
+    >>> located("lsq"), located("/home/me/nets.py:wide")
+    ('lsq', '/home/me/nets.py:wide')
+    """
+    path, wanted = split(name)
+    return ":".join([str(Path(path).resolve()), *([wanted] if wanted else [])]) if is_file(name) else name
+
+
+def label(name: str) -> str:
+    """A short word for a plug-in, for titles and the names of folders.
+
+    >>> label("lsq"), label("mylab.nets:wide"), label("/home/me/nets.py")
+    ('lsq', 'wide', 'nets')
+    """
+    path, wanted = split(name)
+    return wanted or (Path(path).stem if is_file(name) else path.rpartition(".")[2])
+
+
+def _run(path: Path) -> ModuleType:
+    """The module that a file defines."""
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise PluginError(f"no file {path} on this machine: a plug-in by path must lie on every machine that trains")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise PluginError(f"cannot run {path}: {type(error).__name__}: {error}") from error
+    return module
 
 
 def _import(path: str) -> ModuleType:

@@ -111,6 +111,37 @@ def test_a_module_without_the_wanted_object_is_an_error(lab):
         plugins.attribute("methods", "mylab.ternary:Missing", "Method")
 
 
+def test_the_path_of_a_file_works_wherever_a_name_does(lab, monkeypatch):
+    file = lab / "ternary.py"
+    found = plugins.attribute("methods", str(file), "Method")
+    assert found.__name__ == "Method"
+    assert plugins.attribute("methods", f"{file}:Other", "Method").__name__ == "Other"
+    monkeypatch.chdir(lab)
+    assert plugins.attribute("methods", "ternary.py", "Method") is found  # run once, wherever it is named from
+    assert plugins.located("./ternary.py:Other") == f"{file}:Other"
+
+
+def test_a_file_defines_dataclasses_like_any_module(tmp_path):
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Method:\n    x: int"
+    )
+    (tmp_path / "fresh.py").write_text(text + "\n")
+    assert plugins.attribute("methods", str(tmp_path / "fresh.py"), "Method")(3).x == 3
+
+
+@pytest.mark.parametrize("name", ["lsq", "mylab.ternary", "mylab.ternary:Other"])
+def test_only_a_file_has_a_place(name):
+    assert plugins.located(name) == name
+
+
+def test_a_file_that_is_not_there_or_does_not_run_is_named_with_the_reason(lab):
+    with pytest.raises(PluginError, match=r"no file .*none\.py on this machine"):
+        plugins.load("methods", str(lab / "none.py"))
+    for _ in range(2):
+        with pytest.raises(PluginError, match=r"cannot run .*broken\.py: ModuleNotFoundError"):
+            plugins.load("methods", str(lab / "broken.py"))
+
+
 @pytest.mark.parametrize(
     ("name", "hint"), [("wieght", "; did you mean 'weight'?"), ("weight", "; did you mean 'weight'?"), ("zzz", "")]
 )

@@ -1,0 +1,139 @@
+"""The search space of a sweep: from a name, a file, a function or distributions, to distributions checked on the model.
+
+A sweep names its space (`per_layer`, `mylab.spaces`, `wide.py`), or holds it: a function `space(layers)`, or Optuna
+distributions by address. Whatever it was, `sweep.json` keeps the distributions, so a resumed sweep needs no code.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raysearch.errors import SweepError
+from trainables import plugins
+from trainables.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+    from raysearch.sweep import Sweep
+    from trainables.cost import LayerTable
+
+Asked = str | Mapping[str, Any] | Callable[..., Mapping[str, Any]]
+"""What a sweep says about its space."""
+
+
+def words(space: Asked) -> str:
+    """A space in a word, for people.
+
+    >>> words("per_layer"), words("/home/me/wide.py"), words({})
+    ('per_layer', 'wide', 'of its own')
+    """
+    return plugins.label(space) if isinstance(space, str) else getattr(space, "__name__", "of its own")
+
+
+def written(space: Asked) -> Any:
+    """The JSON form: a name as it is, each distribution as Optuna writes it.
+
+    Raises:
+        SweepError: a function, whose distributions only `raysearch.sweep.resolve` tells.
+    """
+    from optuna.distributions import distribution_to_json
+
+    if isinstance(space, str):
+        return space
+    if callable(space):
+        raise SweepError(f"space {words(space)!r} is a function: only a resolved sweep can be written as JSON")
+    return {address: distribution_to_json(distribution) for address, distribution in space.items()}
+
+
+def read(tree: Any) -> Any:
+    """The inverse of `written`; what is not in its form is left for `raysearch.sweep.resolve` to refuse.
+
+    Raises:
+        SweepError: an entry that is no distribution.
+    """
+    from optuna.distributions import json_to_distribution
+
+    if not isinstance(tree, Mapping):
+        return tree
+    found = {}
+    for address, text in tree.items():
+        try:
+            found[address] = json_to_distribution(text) if isinstance(text, str) else text
+        except (ValueError, KeyError, TypeError) as error:
+            raise SweepError(f"space: {address} = {text!r} is no Optuna distribution: {error}") from error
+    return found
+
+
+def made(asked: Asked, layers: Sequence[Any], config: dict[str, Any]) -> dict[str, "BaseDistribution"]:
+    """The distributions of a space on a model.
+
+    Args:
+        asked: name, file, function or distributions.
+        layers: the model's quantizable layers.
+        config: base configuration's JSON tree, for functions that take `config`.
+
+    Raises:
+        PluginError: no such space, or one that cannot be made of a model's layers.
+        SweepError: what it gives are no distributions by address.
+    """
+    name = asked if isinstance(asked, str) else words(asked)
+    if isinstance(asked, Mapping):
+        space: Any = dict(asked)
+    else:
+        make = plugins.attribute("spaces", asked, "space") if isinstance(asked, str) else asked
+        try:
+            given = {"config": config} if "config" in inspect.signature(make).parameters else {}
+            space = make(layers, **given)
+        except TypeError as error:
+            raise PluginError(f"space {name!r} cannot be made of a model's layers: {error}") from error
+    faults = _faults(space)
+    if faults:
+        raise SweepError(f"space {name!r} must return a dict of Optuna distributions by address: {faults}")
+    return dict(space)
+
+
+def _faults(space: Any) -> str:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if not isinstance(space, Mapping):
+        return f"it returns {type(space).__name__}"
+    kinds = CategoricalDistribution | FloatDistribution | IntDistribution
+    faults = [f"{address!r} has {d!r}" for address, d in space.items() if not isinstance(d, kinds)]
+    faults += [f"{address!r} is no address" for address in space if not isinstance(address, str)]
+    faults += [
+        f"{address} offers {choice!r}, which is neither text, number, true, false nor None"
+        for address, d in space.items()
+        if isinstance(d, CategoricalDistribution)
+        for choice in d.choices
+        if not isinstance(choice, str | int | float | None)
+    ]
+    return "; ".join(faults[:3])
+
+
+def check(sweep: "Sweep", base: dict[str, Any], table: "LayerTable", space: Mapping[str, "BaseDistribution"]) -> None:
+    """The corners of the space must be valid configurations, and the budget must leave something to train.
+
+    Raises:
+        SweepError, ConfigError: what is wrong; a misspelt layer or address with the nearest one.
+    """
+    from raysearch.proposals import cheapest, corners, cost_of
+    from trainables.config import merged, parse, resolve_bits
+
+    name = sweep.space if isinstance(sweep.space, str) else words(sweep.space)
+    if not space:
+        raise SweepError(f"space {name!r} has nothing to search on model {sweep.model!r}: take another space")
+    taken = sorted(set(space) & set(sweep.settings))
+    if taken:
+        raise SweepError(f"{', '.join(taken)}: set by --set and searched by space {name!r}; leave one out")
+    for values in corners(space):
+        try:
+            config = parse(merged(base, values))
+            if config.model == parse(base).model:
+                resolve_bits(config, table)
+        except ConfigError as error:
+            raise ConfigError(f"space {name!r}: {error}") from error
+    lowest = cost_of(merged(base, cheapest(space)))
+    over = lowest.over(sweep)
+    if over:
+        raise SweepError(f"the budget leaves nothing to train: the cheapest configuration of the space has {over}")
