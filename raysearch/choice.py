@@ -1,5 +1,6 @@
 """Which sampler proposes for a sweep, and why; and the frontier of a sweep."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,13 @@ def choose(resolved: "Resolved") -> Choice:
     return Choice(FRONTIER, f"{bits} bit parameters, whose costs are known before training")
 
 
-def frontier_of(resolved: "Resolved") -> Frontier:
-    """The frontier of a sweep that `choose` gives to it, within the sweep's limits."""
+def frontier_of(resolved: "Resolved", sensitivities: Mapping[str, float] | None = None) -> Frontier:
+    """The frontier of a sweep that `choose` gives to it, within the sweep's limits.
+
+    Args:
+        resolved: the sweep.
+        sensitivities: of bit parameters, by address, where they are known.
+    """
     sweep, space = resolved.sweep, resolved.space
     low = cost_of(merged(resolved.base, cheapest(space)))
     asked = {name: getattr(sweep, f"max_{name}") for name in ("bops", "relative_bops", "size_bytes")}
@@ -47,4 +53,11 @@ def frontier_of(resolved: "Resolved") -> Frontier:
             least, most = getattr(low, name), getattr(high, name)
             if limit is not None and limit < most:
                 limits[name] = (limit - least) / (most - least)
-    return Frontier(space, resolved.table.quantizable, sweep.objectives, fixed=low.bits, limits=limits)
+    return Frontier(
+        space,
+        resolved.table.quantizable,
+        sweep.objectives,
+        sensitivities=sensitivities,
+        fixed=low.bits,
+        limits=limits,
+    )

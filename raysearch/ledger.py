@@ -25,6 +25,7 @@ from raysearch.choice import FRONTIER, choose, frontier_of
 from raysearch.frontier import QUALITIES, Tried
 from raysearch.proposals import Cost, beside, cardinality, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
+from raysearch.seeds import Seeds
 from raysearch.sweep import Resolved
 from trainables.config import merged
 from trainables.errors import ConfigError
@@ -46,7 +47,7 @@ class Proposal:
     Attributes:
         number: of the Optuna trial, and of the trial everywhere else.
         params: values by address.
-        source: who proposed it: `uniform`, the sampler's name, `random`.
+        source: who proposed it: that of a seed (`raysearch.seeds`), `uniform`, the sampler's name, `random`.
         tree: JSON tree of the trial's configuration.
     """
 
@@ -101,9 +102,11 @@ class Ledger:
             self._disk.set_metric_names(list(self.sweep.objectives))
         self._memory = optuna.create_study(directions=directions)
         self.choice = choose(resolved)
-        self._frontier = frontier_of(resolved) if self.choice.sampler == FRONTIER else None
+        seeds = Seeds.read(folder.seeds)
+        self._frontier = frontier_of(resolved, seeds.sensitivities) if self.choice.sampler == FRONTIER else None
         # The frontier needs no more than the diagonal: each further uniform configuration is worse than what it knows.
-        self._uniform = uniform_proposals(self.space, resolved.base, 0 if self._frontier else self.sweep.trials)
+        uniform = uniform_proposals(self.space, resolved.base, 0 if self._frontier else self.sweep.trials)
+        self._first = [*seeds.first, *(("uniform", values) for values in uniform)]
         self._ended: list[Tried] = []
         self._running: dict[int, Mapping[str, Any]] = {}
         self._size = cardinality(self.space)
@@ -135,11 +138,11 @@ class Ledger:
             return self.interrupted.pop(0)
         if self.started >= self.sweep.trials or len(self._seen) >= self._size:
             return None
-        while self._uniform:
-            values = self._uniform.pop(0)
+        while self._first:
+            source, values = self._first.pop(0)
             cost = self._acceptable(values)
             if cost is not None:
-                return self._accept(self._fixed(values), "uniform", cost)
+                return self._accept(self._fixed(values), source, cost)
         return self._at_the_frontier() if self._frontier else self._sampled()
 
     def tell(self, number: int, state: TrialState, points: Sequence[list[float]] = (), reason: str = "") -> None:

@@ -89,7 +89,7 @@ def uniform_proposals(space: Space, base: Mapping[str, Any], trials: int) -> lis
     activations = [name for name in space if name.startswith("bits/") and name.endswith("/activation")]
     if not weights and not activations:
         return []
-    rest = {name: _centre(d, _lookup(base, name)) for name, d in space.items() if name not in weights + activations}
+    rest = {name: middle(d, lookup(base, name)) for name, d in space.items() if name not in weights + activations}
     widths = _widths(space)
     pairs = sorted(
         ((w, a) for w in widths for a in (widths if weights and activations else [w])),
@@ -144,14 +144,15 @@ def _count(distribution: BaseDistribution) -> float:
     return math.inf if step is None else 1 + round((distribution.high - distribution.low) / step)
 
 
-def _lookup(tree: Mapping[str, Any], address: str) -> Any:
+def lookup(tree: Mapping[str, Any], address: str) -> Any:
+    """The value at an address of a JSON tree; None where there is none."""
     node: Any = tree
     for step in address.split("/"):
         node = node.get(step) if isinstance(node, Mapping) else None
     return node
 
 
-def _centre(distribution: BaseDistribution, value: Any) -> Any:
+def middle(distribution: BaseDistribution, value: Any) -> Any:
     """The base configuration's value if the distribution contains it, else the middle of its range."""
     if isinstance(distribution, CategoricalDistribution):
         return value if value in distribution.choices else distribution.choices[0]
@@ -160,6 +161,15 @@ def _centre(distribution: BaseDistribution, value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
         return _contained(distribution, value)
     return _contained(distribution, (low * high) ** 0.5 if distribution.log else (low + high) / 2)
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a distribution has this value."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isclose(_contained(distribution, value), value, rel_tol=1e-12, abs_tol=1e-12)
 
 
 def _contained(distribution: IntDistribution | FloatDistribution, value: float) -> float:

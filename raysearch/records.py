@@ -7,6 +7,7 @@
     RUN/study.db        the Optuna study
     RUN/trials/00007/   checkpoint of a trial
     RUN/starts/         float networks that trials start from
+    RUN/seeds.json      what was to be tried first, and known sensitivities (`raysearch.seeds`)
     RUN/end.json        made when the sweep has ended by itself
     RUN/mlflow.db       the MLflow mirror, unless it lives elsewhere
 
@@ -61,6 +62,11 @@ class RunFolder:
     def starts(self) -> Path:
         """Float networks."""
         return self.path / "starts"
+
+    @property
+    def seeds(self) -> Path:
+        """What was known before the first trial."""
+        return self.path / "seeds.json"
 
     @property
     def end(self) -> Path:

@@ -121,8 +121,10 @@ def check(sweep: "Sweep", base: dict[str, Any], table: "LayerTable", space: Mapp
     from trainables.config import merged, parse, resolve_bits
 
     name = sweep.space if isinstance(sweep.space, str) else words(sweep.space)
-    if not space:
-        raise SweepError(f"space {name!r} has nothing to search on model {sweep.model!r}: take another space")
+    if not space and sweep.trials > 1:
+        raise SweepError(
+            f"space {name!r} has nothing to search on model {sweep.model!r}: take another space, or --trials 1"
+        )
     taken = sorted(set(space) & set(sweep.settings))
     if taken:
         raise SweepError(f"{', '.join(taken)}: set by --set and searched by space {name!r}; leave one out")
