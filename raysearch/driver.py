@@ -8,20 +8,17 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 """
 
 import contextlib
-import os
 import shutil
-import signal
-import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch import facts
+from raysearch.connection import ray_for
 from raysearch.errors import SweepError, TrialError
+from raysearch.nodes import Capacity, survey
 from raysearch.records import SCHEMA, RunFolder, write_json
 from raysearch.space import read, written
 from raysearch.sweep import Resolved, Sweep, check_files, default_name, default_out, files_of, resolve
@@ -31,31 +28,11 @@ if TYPE_CHECKING:
     from raysearch.ledger import Proposal
     from raysearch.result import Result
 
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    # A Train run polls its workers' start at this interval; a group starts once for many trials, but a person waits.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    **facts.THREADS,
-    # A worker that dies is replaced; Ray would announce it on stdout, where our data is.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
-    # Tune's own files are not read again: records and study are the truth.
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-RAY_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 PROCESS_RETRIES = 2
 MIRROR_WAIT_S = 60.0
 INTERRUPTED_WAIT_S = 5.0
 GROUP_WAIT_S = 30.0
 GROUP_INTERRUPTED_WAIT_S = 2.0
-CONNECT_S = 5.0
 
 
 class Watcher:
@@ -69,14 +46,6 @@ class Watcher:
 
     def closed(self) -> None:
         """The sweep is over, or interrupted."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the cluster gives a sweep: concurrent trials, and GPUs of a worker."""
-
-    concurrent: int
-    gpus: float
 
 
 def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None = None) -> "Result":
@@ -96,8 +65,8 @@ def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None 
     folder = RunFolder(Path(out) if out is not None else default_out(name))
     _check_folder(folder)
     _load_data(resolved)
-    with _ray(sweep):
-        capacity = _capacity(sweep)
+    with ray_for(sweep) as joined:
+        capacity = survey(sweep, folder.path, _data_root(sweep), joined)
         with _locked(folder):
             _describe(folder, resolved, name if out is None else folder.path.resolve().name)
             return _drive(folder, resolved, capacity, watcher or Watcher())
@@ -117,8 +86,9 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     with _locked(folder):
         resolved = resolve(sweep, read(described["space"]))
         _load_data(resolved)
-        with _ray(sweep):
-            return _drive(folder, resolved, _capacity(sweep), watcher or Watcher())
+        with ray_for(sweep) as joined:
+            capacity = survey(sweep, folder.path, _data_root(sweep), joined)
+            return _drive(folder, resolved, capacity, watcher or Watcher())
 
 
 def _check_folder(folder: RunFolder) -> None:
@@ -192,101 +162,15 @@ def _load_data(resolved: Resolved) -> None:
     """Load the data set once here, so that a fault in it is found before any trial."""
     from trainables.build import load_data
 
-    root = resolved.sweep.data_root
-    load_data(resolved.config, None if root is None else Path(root), download=resolved.sweep.download)
+    load_data(resolved.config, _data_root(resolved.sweep), download=resolved.sweep.download)
 
 
-@contextlib.contextmanager
-def _ray(sweep: Sweep) -> Iterator[None]:
-    """Ray for the time of a sweep; one that runs already is left running."""
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    mine = _start_ray(sweep)
-    try:
-        with _terminable():
-            yield
-    finally:
-        if mine:
-            import ray
-
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C, so that the end is orderly; Ray's own handler would abort."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-def _start_ray(sweep: Sweep) -> bool:
-    import ray
-
-    if ray.is_initialized():
-        return False
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _join_cluster(address)
-    else:
-        start_local()
-    return True
-
-
-def start_local(**options: Any) -> None:
-    """Start a Ray of our own on this machine, without the dashboard: its ten processes would take the first seconds."""
-    import ray
-
-    ray.init(address="local", include_dashboard=False, object_store_memory=200 * 2**20, **RAY_OPTIONS, **options)
-
-
-def _join_cluster(address: str) -> None:
-    import ray
-
-    host, _, port = address.rpartition(":")
-    try:
-        if host and port.isdigit():
-            # Ray itself would wait for minutes.
-            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address="auto", **RAY_OPTIONS)
-    except (OSError, ValueError) as error:
-        raise SweepError(
-            f"RAY_ADDRESS = {address}: {error}; start a cluster there (ray start --head), or unset RAY_ADDRESS"
-        ) from error
+def _data_root(sweep: Sweep) -> Path | None:
+    return None if sweep.data_root is None else Path(sweep.data_root).resolve()
 
 
 def _uses_group(sweep: Sweep, gpus_per_worker: float) -> bool:
     return sweep.train or sweep.workers > 1 or gpus_per_worker > 0
-
-
-def _gpus_per_worker(sweep: Sweep, have: float) -> float:
-    return float(have >= sweep.workers) if sweep.gpus_per_worker is None else sweep.gpus_per_worker
-
-
-def _capacity(sweep: Sweep) -> Capacity:
-    """What the cluster can give, or a clear error at once instead of waiting for ever."""
-    import ray
-
-    total = ray.cluster_resources()
-    have_cpus, have_gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    gpus = _gpus_per_worker(sweep, have_gpus)
-    need_cpus, need_gpus = sweep.workers * sweep.cpus_per_worker, sweep.workers * gpus
-    if need_cpus > have_cpus or need_gpus > have_gpus:
-        raise SweepError(
-            f"a trial of {sweep.workers} workers needs {need_cpus} CPUs and {need_gpus:g} GPUs; the cluster has "
-            f"{have_cpus:g} and {have_gpus:g}: lower --workers, --cpus-per-worker or --gpus-per-worker"
-        )
-    most = int(have_cpus // need_cpus)
-    if need_gpus:
-        most = min(most, int(have_gpus / need_gpus + 1e-9))
-    if sweep.concurrent is not None and sweep.concurrent > most:
-        raise SweepError(f"concurrent = {sweep.concurrent}: the cluster holds {most} such trials at the same time")
-    return Capacity(min(sweep.concurrent or most, sweep.trials), gpus)
 
 
 def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: Watcher) -> "Result":
@@ -359,7 +243,7 @@ def _tune(
     from raysearch.worker import make_job
 
     sweep = resolved.sweep
-    root = None if sweep.data_root is None else str(Path(sweep.data_root).resolve())
+    root = None if sweep.data_root is None else str(_data_root(sweep))
     absolute = RunFolder(folder.path.resolve())
     scratch = _scratch(folder)
     if not groups:

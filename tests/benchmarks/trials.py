@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raysearch.driver import RAY_ENVIRONMENT
+from raysearch.connection import RAY_ENVIRONMENT
 
 SETTINGS = {"start/epochs": 0, "training/batch_size": 1024}
 
