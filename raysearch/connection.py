@@ -9,8 +9,10 @@ import contextlib
 import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from raysearch import facts
@@ -122,7 +124,9 @@ def _join(address: str, sweep: Sweep) -> None:
         if host and port.isdigit():
             # Ray itself would wait for minutes.
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address="auto", runtime_env=runtime_env(sweep, TRAINING_ENVIRONMENT), **RAY_OPTIONS)
+        with tempfile.TemporaryDirectory() as scratch:
+            shipped = runtime_env(sweep, TRAINING_ENVIRONMENT, Path(scratch))
+            ray.init(address="auto", runtime_env=shipped, **RAY_OPTIONS)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         why = " ".join(str(error).split())
         if "Version mismatch" in why:

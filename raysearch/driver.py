@@ -65,8 +65,8 @@ def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None 
     folder = RunFolder(Path(out) if out is not None else default_out(name))
     _check_folder(folder)
     _load_data(resolved)
-    with ray_for(sweep) as joined:
-        capacity = survey(sweep, folder.path, _data_root(sweep), joined)
+    with ray_for(resolved.sweep) as joined:
+        capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)
         with _locked(folder):
             _describe(folder, resolved, name if out is None else folder.path.resolve().name)
             return _drive(folder, resolved, capacity, watcher or Watcher())
@@ -86,8 +86,8 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     with _locked(folder):
         resolved = resolve(sweep, read(described["space"]))
         _load_data(resolved)
-        with ray_for(sweep) as joined:
-            capacity = survey(sweep, folder.path, _data_root(sweep), joined)
+        with ray_for(resolved.sweep) as joined:
+            capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)
             return _drive(folder, resolved, capacity, watcher or Watcher())
 
 

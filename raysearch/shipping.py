@@ -3,11 +3,13 @@
 A driver that joins a cluster sends its own packages along, so that all nodes run the code that the driver runs,
 whatever is installed there. What they must have installed are the packages that ours are built on; `nodes` compares
 their versions.
-Plug-ins by dotted path travel as the whole package that they are part of, unless that is installed.
+Plug-ins by dotted path travel as the whole package that they are part of, unless that is installed; plug-ins by file
+travel as that file.
 """
 
 import json
 import os
+import shutil
 import sysconfig
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -15,55 +17,49 @@ from pathlib import Path
 from typing import Any
 
 from raysearch.sweep import Sweep
+from trainables import plugins
 
 PACKAGES = ("raysearch", "search_spaces", "trainables", "analysis")
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job: what that job ships already, which must not be said twice."""
 
 
-def runtime_env(sweep: Sweep, environment: Mapping[str, str]) -> dict[str, Any]:
+def runtime_env(sweep: Sweep, environment: Mapping[str, str], scratch: Path) -> dict[str, Any]:
     """Ray's description of what a sweep ships.
 
     Args:
         sweep: names the plug-ins.
         environment: variables of all processes on the nodes; one that is set here goes over it.
+        scratch: folder for files to ship, needed until Ray has sent them.
     """
     submitted = json.loads(os.environ.get(JOB, "{}")).get("runtime_env") or {}
     taken = submitted.get("env_vars", {})
-    env: dict[str, Any] = {
+    ours: dict[str, Any] = {"py_modules": modules(sweep, scratch), "excludes": ["__pycache__"]}
+    return {name: value for name, value in ours.items() if name not in submitted} | {
         "env_vars": {name: os.environ.get(name, value) for name, value in environment.items() if name not in taken}
     }
-    if "py_modules" not in submitted:
-        env |= {"py_modules": modules(sweep), "excludes": ["__pycache__"]}
-    return {name: value for name, value in env.items() if name == "env_vars" or name not in submitted}
 
 
-def modules(sweep: Sweep) -> list[str]:
-    """Folders and files of the packages to ship."""
-    names = dict.fromkeys([*PACKAGES, *(_top(name) for name in _plugins(sweep))])
-    return [str(path) for path in map(_location, names) if path is not None]
-
-
-def _plugins(sweep: Sweep) -> list[str]:
-    """Plug-ins that are not ours: dotted paths."""
-    named = (sweep.method, sweep.model, sweep.data, sweep.space)
-    return [name for name in named if "." in name or ":" in name]
-
-
-def _top(name: str) -> str:
-    return name.partition(":")[0].partition(".")[0]
+def modules(sweep: Sweep, scratch: Path) -> list[str]:
+    """Folders and files to ship: our packages, and plug-ins that are not ours and not installed."""
+    found = [_location(package) for package in PACKAGES]
+    for name in (sweep.method, sweep.model, sweep.data):  # spaces are asked by the driver alone
+        path = Path(plugins.split(name)[0])
+        if plugins.is_file(name):
+            copy = scratch / f"{plugins.module_name(path)}.py"
+            shutil.copyfile(path, copy)
+            found.append(copy)
+        elif "." in name or ":" in name:
+            found.append(_location(path.name.partition(".")[0]))
+    return list(dict.fromkeys(str(path) for path in found if path is not None))
 
 
 def _location(package: str) -> Path | None:
     """Folder or file of a package to ship; None for what a node has to have installed."""
     spec = find_spec(package)
-    if spec is None:
-        return None
-    places = list(spec.submodule_search_locations or ([spec.origin] if spec.origin else []))
-    path = Path(places[0]).resolve() if places else None
-    if path is None or (package not in PACKAGES and _installed(path)):
-        return None
-    return path
+    places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+    path = Path(places[0]).resolve() if places and places[0] else None
+    return path if path is not None and (package in PACKAGES or not _installed(path)) else None
 
 
 def _installed(path: Path) -> bool:

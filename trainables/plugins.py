@@ -2,7 +2,7 @@
 
 A name is looked up as a module of a package (`trainables.methods` + `lsq`); a dotted path is imported as it stands, so
 a person's own `mylab.ternary` works wherever a name does; and so does the path of a file (`ternary.py`, `net.py:wide`).
-A file is run once in each process, under a name made of its path; it must lie there on every machine that trains.
+A file is run once in each process, under a name made of its path; a driver sends it to the nodes of its cluster.
 """
 
 import ast
@@ -115,14 +115,21 @@ def label(name: str) -> str:
     return wanted or (Path(path).stem if is_file(name) else path.rpartition(".")[2])
 
 
+def module_name(path: Path) -> str:
+    """The name under which the module of a file is known, and under which it travels to other machines."""
+    return f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+
+
 def _run(path: Path) -> ModuleType:
-    """The module that a file defines."""
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    """The module that a file defines; where there is no such file, the module that was sent instead."""
+    name = module_name(path)
     if name in sys.modules:
         return sys.modules[name]
+    if not path.is_file() and importlib.util.find_spec(name):
+        return _import(name)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise PluginError(f"no file {path} on this machine: a plug-in by path must lie on every machine that trains")
+        raise PluginError(f"no file {path} on this machine: give the path of a plug-in's file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
