@@ -57,8 +57,8 @@ def modules(sweep: Sweep, scratch: Path) -> list[str]:
 def _location(package: str) -> Path | None:
     """Folder or file of a package to ship; None for what a node has to have installed."""
     spec = find_spec(package)
-    places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
-    path = Path(places[0]).resolve() if places and places[0] else None
+    place = next(iter(spec.submodule_search_locations or ()), spec.origin) if spec else None
+    path = Path(place).resolve() if place else None
     return path if path is not None and (package in PACKAGES or not _installed(path)) else None
 
 
