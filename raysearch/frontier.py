@@ -15,7 +15,7 @@ time. Not for widths that the method learns, nor for architectures: there, costs
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import is_
 from typing import Any
@@ -42,6 +42,8 @@ PAIRS = 24
 POOL = 384
 REFITS = 8
 """The model is fitted anew when the history has grown by one eighth at most."""
+PRIOR_PAIRS = 3
+"""How many pairs the belief that all trainings gain the same from a rung to the end is worth."""
 FEWEST = 2
 """Results before the model is fitted."""
 WIDENED = 8
@@ -54,13 +56,16 @@ class Tried:
 
     Attributes:
         values: by address.
-        quality: what it returned for the sweep's quality, in its own direction; None if it was pruned or failed.
-        failed: it diverged, and counts as the worst quality seen. Pruned trials are only not repeated.
+        quality: what it returned for the sweep's quality, in its own direction; None if it was stopped or failed.
+        failed: it diverged, and counts as the worst quality seen.
+        course: what it had reached after some epochs before its last one. Of a stopped trial the last of them tells
+            what would have become of it (`extrapolated`); that teaches the model, but is no point of the front.
     """
 
     values: Mapping[str, Any]
     quality: float | None = None
     failed: bool = False
+    course: Mapping[int, float] = field(default_factory=dict)
 
 
 def unsuited(space: Space, objectives: Mapping[str, str]) -> str:
@@ -195,21 +200,38 @@ class Frontier:
             [self.sign * t.quality if t.quality is not None else worst if t.failed else np.inf for t in history]
         )
 
+    def _hopes(self, history: Sequence[Tried]) -> np.ndarray:
+        """As `_qualities`; of a stopped trial what would have become of it, (n,)."""
+        qualities = self._qualities(history)
+        stopped = [i for i, t in enumerate(history) if t.quality is None and not t.failed and t.course]
+        lasts = {i: max(history[i].course) for i in stopped}
+        for epoch in set(lasts.values()):
+            pairs = [(t.course[epoch], t.quality) for t in history if t.quality is not None and epoch in t.course]
+            if pairs:
+                mine = [i for i in stopped if lasts[i] == epoch]
+                early = np.array([history[i].course[epoch] for i in mine])
+                qualities[mine] = self.sign * extrapolated(early, np.array(pairs))
+        return qualities
+
     def _pool(self, history: Sequence[Tried], blend: Blend, seed: int) -> _Pool:
         """What is worth trying after this history; kept until another one is asked for."""
         key = (seed, *blend.items())
         kept = self._pools.get(key)
         if kept is None or len(kept[0]) != len(history) or not all(map(is_, kept[0], history)):
             generator = np.random.default_rng([seed, len(history), len(self.blends)])
-            pool = self._made(self._bits[: len(history)], self._qualities(history), blend, generator)
+            pool = self._made(
+                self._bits[: len(history)], self._qualities(history), self._hopes(history), blend, generator
+            )
             kept = self._pools[key] = tuple(history), pool
         return kept[1]
 
-    def _made(self, bits: np.ndarray, quality: np.ndarray, blend: Blend, generator: np.random.Generator) -> _Pool:
-        ended = np.isfinite(quality)
+    def _made(
+        self, bits: np.ndarray, quality: np.ndarray, hoped: np.ndarray, blend: Blend, generator: np.random.Generator
+    ) -> _Pool:
+        ended, told = np.isfinite(quality), np.isfinite(hoped)
         taken = {row.tobytes() for row in bits}
+        model = fit(bits[told], hoped[told], self.prior) if told.sum() >= FEWEST else guess(self.prior)
         bits, quality = bits[ended], quality[ended]
-        model = fit(bits, quality, self.prior) if len(quality) >= FEWEST else guess(self.prior)
         models = [model, *(model.sample(generator) for _ in range(DRAWS))]
         cost = self.layout.cost(blend, bits)
         members, largest = staircase(cost, quality), self.layout.largest(blend)
@@ -262,6 +284,22 @@ class Frontier:
             if values not in taken:
                 return values
         return None
+
+
+def extrapolated(early: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """What trainings that were at `early`, (n,), would have reached, by what others were at and did reach, (m, 2).
+
+    A line through the pairs' centre. Few pairs say little of its slope, which is then near 1: all gain the same.
+
+    >>> extrapolated(np.array([0.5]), np.array([[0.6, 0.7]])).round(3).tolist()
+    [0.6]
+    """
+    centre = pairs.mean(axis=0)
+    off = pairs - centre
+    weight = PRIOR_PAIRS * (off[:, 0] ** 2).mean()
+    total = weight + off[:, 0] @ off[:, 0]
+    slope = (weight + off[:, 0] @ off[:, 1]) / total if total > 0 else 1.0
+    return centre[1] + slope * (early - centre[0])
 
 
 def _blended(guessed: np.ndarray, known: Sequence[float | None]) -> np.ndarray:

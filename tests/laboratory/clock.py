@@ -1,19 +1,17 @@
 """A sweep on a simulated clock: trials run side by side, end out of order, and may be stopped after any epoch.
 
-Nothing waits: a heap holds the next epoch of each running trial. The same seed gives the same sweep.
+Nothing waits: a heap holds the next epoch of each running trial. A stopped trial frees its place at once; its stopper
+may let it go on later from the epoch at which it was stopped. The same seed gives the same sweep.
 """
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from tests.laboratory.problems import Problem
-
-Stop = Callable[[int, int, float, float], bool]
-"""Whether to stop trial, after epoch, with this reported loss and this cost."""
+from tests.laboratory.problems import Fidelity, Problem
 
 
 class Proposer(Protocol):
@@ -22,13 +20,44 @@ class Proposer(Protocol):
     def ask(self) -> dict[str, Any] | None:
         """The next configuration, which runs from now on; None if there is none."""
 
-    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
-        """A configuration has ended with this loss; None: it was stopped."""
+    def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
+        """A configuration has ended, or is stopped and may be told again; its losses after each epoch so far."""
+
+
+class Stopper(Protocol):
+    """Who stops the trials of a simulated sweep, and lets them go on."""
+
+    def report(self, trial: int, epoch: int, loss: float, cost: float) -> bool:
+        """A trial has finished this epoch, and not its last one: whether it goes on."""
+
+    def end(self, trial: int, epoch: int, loss: float, cost: float) -> None:
+        """A trial has finished its last epoch."""
+
+    def promote(self, room: float) -> int | None:
+        """A stopped trial that goes on now and needs at most so many epochs to its end; None if there is none."""
+
+
+class Never:
+    """No trial is stopped."""
+
+    def report(self, trial: int, epoch: int, loss: float, cost: float) -> bool:
+        return True
+
+    def end(self, trial: int, epoch: int, loss: float, cost: float) -> None:
+        pass
+
+    def promote(self, room: float) -> int | None:
+        return None
 
 
 @dataclass
 class Trial:
-    """One simulated training. Times in seconds of the simulated clock; `loss` is without noise and at full fidelity."""
+    """One simulated training. Times in seconds of the simulated clock; `loss` is without noise and at full fidelity.
+
+    Attributes:
+        reported: losses after each epoch so far.
+        spent: epochs of the whole sweep when this trial ended.
+    """
 
     number: int
     values: dict[str, Any]
@@ -39,15 +68,18 @@ class Trial:
     reported: list[float] = field(default_factory=list)
     ended_s: float | None = None
     stopped: bool = False
-
-
-def never(trial: int, epoch: int, loss: float, cost: float) -> bool:
-    """No trial is stopped."""
-    return False
+    spent: int = 0
 
 
 def simulate(
-    problem: Problem, proposer: Proposer, *, trials: int, concurrent: int = 1, seed: int = 0, stop: Stop = never
+    problem: Problem,
+    proposer: Proposer,
+    *,
+    trials: int,
+    concurrent: int = 1,
+    seed: int = 0,
+    stopper: Stopper | None = None,
+    budget: float = np.inf,
 ) -> list[Trial]:
     """Run a sweep; its trials by number, in the order in which they were proposed.
 
@@ -57,36 +89,75 @@ def simulate(
         trials: how many.
         concurrent: how many at the same time.
         seed: of speeds and of noise, which belong to the trial's number and not to the order of events.
-        stop: asked after each epoch but the last.
+        stopper: asked after each epoch but the last, and for a stopped trial that goes on before a new one begins.
+        budget: epochs of all trials together; what would not fit to its end does not begin.
     """
-    fidelity, done, queue, now = problem.fidelity, [], [], 0.0
-    while len(done) < trials or queue:
-        while len(done) < trials and len(queue) < concurrent:
+    stopper = stopper or Never()
+    whole = problem.fidelity.epochs
+    done: list[Trial] = []
+    curves: list[list[float]] = []
+    queue: list[tuple[float, int]] = []
+    now, spent, promised = 0.0, 0, 0
+
+    def start() -> bool:
+        nonlocal promised
+        number = stopper.promote(budget - spent - promised)
+        if number is not None:
+            done[number].stopped = False
+        elif len(done) < trials and spent + promised + whole <= budget:
             values = proposer.ask()
             if values is None:
-                trials = len(done)
-                break
-            generator = np.random.default_rng([seed, len(done)])
-            loss, cost = problem.evaluate(problem.array(values)[None])[0].tolist()
-            speed = float(generator.lognormal(0.0, fidelity.spread))
-            trial = Trial(len(done), dict(values), loss, cost, started_s=now, epoch_s=fidelity.epoch_s * speed)
-            excess = fidelity.excess * fidelity.rate ** np.arange(fidelity.epochs - 1, -1, -1)[::-1]
-            excess = excess - excess[-1]
-            noise = fidelity.noise * generator.standard_normal(fidelity.epochs)
-            trial.reported = (loss + excess + noise).tolist()
+                return False
+            number = len(done)
+            trial, curve = _trial(problem, number, values, now, seed)
             done.append(trial)
-            heapq.heappush(queue, (now + trial.epoch_s, trial.number, 1))
-        if not queue:
-            break
-        now, number, epoch = heapq.heappop(queue)
-        trial, last = done[number], epoch == fidelity.epochs
-        trial.stopped = not last and stop(number, epoch, trial.reported[epoch - 1], trial.cost)
-        if last or trial.stopped:
-            trial.reported, trial.ended_s = trial.reported[:epoch], now
-            proposer.tell(trial.values, None if trial.stopped else trial.reported[-1])
+            curves.append(curve)
         else:
-            heapq.heappush(queue, (now + trial.epoch_s, number, epoch + 1))
-    return done
+            return False
+        promised += whole - len(done[number].reported)
+        heapq.heappush(queue, (now + done[number].epoch_s, number))
+        return True
+
+    while True:
+        while len(queue) < concurrent and start():
+            pass
+        if not queue:
+            return done
+        now, number = heapq.heappop(queue)
+        trial, curve = done[number], curves[number]
+        trial.reported.append(curve[len(trial.reported)])
+        epoch, loss = len(trial.reported), trial.reported[-1]
+        spent, promised = spent + 1, promised - 1
+        if epoch == whole:
+            stopper.end(number, epoch, loss, trial.cost)
+        elif stopper.report(number, epoch, loss, trial.cost):
+            heapq.heappush(queue, (now + trial.epoch_s, number))
+            continue
+        trial.stopped = epoch < whole
+        trial.ended_s, trial.spent = now, spent
+        promised -= whole - epoch
+        proposer.tell(trial.values, trial.reported, not trial.stopped)
+
+
+def _trial(problem: Problem, number: int, values: dict[str, Any], now: float, seed: int) -> tuple[Trial, list[float]]:
+    """A trial, and what it will report. Its curve belongs to its configuration, its speed and noise to its number."""
+    fidelity, bits = problem.fidelity, problem.array(values)
+    generator = np.random.default_rng([seed, number])
+    loss, cost = problem.evaluate(bits[None])[0].tolist()
+    speed = float(generator.lognormal(0.0, fidelity.spread))
+    trial = Trial(number, dict(values), loss, cost, started_s=now, epoch_s=fidelity.epoch_s * speed)
+    noise = fidelity.noise * generator.standard_normal(fidelity.epochs)
+    return trial, (loss + _excess(fidelity, bits) + noise).tolist()
+
+
+def _excess(fidelity: Fidelity, bits: np.ndarray) -> np.ndarray:
+    """How far above its last loss a training is after each epoch, (epochs,)."""
+    height, slowness = 1.0, 1.0
+    if fidelity.crossing:
+        drawn = np.random.default_rng(bits.astype(int)).standard_normal(2)
+        height, slowness = np.exp(fidelity.crossing * drawn)
+    excess = height * fidelity.excess * fidelity.rate ** (np.arange(fidelity.epochs) / slowness)
+    return excess - excess[-1]
 
 
 def points(trials: list[Trial]) -> np.ndarray:

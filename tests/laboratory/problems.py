@@ -38,6 +38,8 @@ class Fidelity:
         excess: of log10 S before the first epoch; it shrinks by `rate` with each epoch.
         rate: factor of the excess from one epoch to the next, 0..1.
         noise: standard deviation of each reported log10 S.
+        crossing: how much the curves of configurations differ, as the standard deviation of the logarithms of their
+            excess and of the epochs that they take; above 0 they cross, and an early loss may mislead.
         epoch_s: mean length of an epoch in seconds of the simulated clock.
         spread: standard deviation of the logarithm of a trial's speed.
     """
@@ -46,6 +48,7 @@ class Fidelity:
     excess: float = 1.0
     rate: float = 0.6
     noise: float = 0.0
+    crossing: float = 0.0
     epoch_s: float = 60.0
     spread: float = 0.3
 
@@ -212,6 +215,14 @@ def strange(seed: int) -> Problem:
 def noisy_error(seed: int) -> Problem:
     """A saturating top-1 error with noise of 0.3 %, and told sensitivities that are off by lognormal factors."""
     return replace(misinformed(seed), error=True, fidelity=Fidelity(epochs=1, noise=0.003))
+
+
+CURVES = {
+    "parallel": Fidelity(),
+    "noisy": Fidelity(noise=0.1),
+    "crossing": Fidelity(noise=0.03, crossing=0.5),
+}
+"""Learning curves by name; a problem is searched with one of them when trials may be stopped."""
 
 
 def _true(problem: Problem) -> dict[str, float]:

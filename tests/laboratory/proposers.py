@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -16,14 +16,18 @@ from tests.laboratory.problems import OBJECTIVES, Problem
 
 
 class Default:
-    """Ours: the diagonal of the uniform configurations, then the frontier."""
+    """Ours: the diagonal of the uniform configurations, then the frontier.
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    Args:
+        learns: whether it learns from what stopped trials had reached.
+    """
+
+    def __init__(self, problem: Problem, seed: int, *, learns: bool = True) -> None:
         self.anchors = uniform_proposals(problem.space, {}, 0)
         self.frontier = Frontier(problem.space, problem.layers, OBJECTIVES, sensitivities=problem.told)
         self.history: list[Tried] = []
         self.pending: list[Mapping[str, Any]] = []
-        self.seed = seed
+        self.seed, self.learns = seed, learns
 
     def ask(self) -> dict[str, Any] | None:
         values = self.anchors.pop(0) if self.anchors else self.frontier.propose(self.history, self.pending, self.seed)
@@ -31,9 +35,12 @@ class Default:
             self.pending.append(values)
         return values
 
-    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
-        self.pending.remove(values)
-        self.history.append(Tried(values=values, quality=quality))
+    def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
+        if values in self.pending:
+            self.pending.remove(values)
+        self.history = [tried for tried in self.history if tried.values != values]
+        course = dict(enumerate(losses, start=1)) if self.learns else {}
+        self.history.append(Tried(values=values, quality=losses[-1] if complete else None, course=course))
 
 
 class Random:
@@ -45,7 +52,7 @@ class Random:
     def ask(self) -> dict[str, Any] | None:
         return random_values(self.space, self.generator)
 
-    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
+    def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
         pass
 
 
@@ -58,7 +65,7 @@ class Uniform:
     def ask(self) -> dict[str, Any] | None:
         return self.left.pop(0) if self.left else None
 
-    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
+    def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
         pass
 
 
@@ -81,14 +88,24 @@ class Plain:
         self.running.append((values, trial))
         return values
 
-    def tell(self, values: Mapping[str, Any], quality: float | None) -> None:
-        place = next(i for i, (mine, _) in enumerate(self.running) if mine is values or mine == values)
+    def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
+        place = next((i for i, (mine, _) in enumerate(self.running) if mine is values or mine == values), None)
+        if place is None:  # it was stopped before
+            places = {name: self.problem.widths.index(values[name]) for name in self.places}
+            told = optuna.trial.create_trial(
+                params=places, distributions=dict(self.places), values=self.objectives(values, losses)
+            )
+            if complete:
+                self.study.add_trial(told)
+            return
         _, trial = self.running.pop(place)
-        if quality is None:
-            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        if complete:
+            self.study.tell(trial, self.objectives(values, losses))
         else:
-            cost = float(self.problem.evaluate(self.problem.array(values)[None])[0, 1])
-            self.study.tell(trial, [quality, cost])
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+    def objectives(self, values: Mapping[str, Any], losses: Sequence[float]) -> list[float]:
+        return [losses[-1], float(self.problem.evaluate(self.problem.array(values)[None])[0, 1])]
 
 
 PROPOSERS: dict[str, Callable[[Problem, int], Proposer]] = {

@@ -1,5 +1,6 @@
 import heapq
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -8,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.pareto import hypervolume, non_dominated
-from tests.laboratory.clock import points, simulate
+from tests.laboratory.clock import Never, points, simulate
 from tests.laboratory.exact import exact_front
-from tests.laboratory.problems import PROBLEMS, Fidelity, Problem, additive, coupled, resnet18, strange
+from tests.laboratory.problems import CURVES, PROBLEMS, Fidelity, Problem, additive, coupled, resnet18, strange
 from tests.laboratory.proposers import PROPOSERS, Default, Random
 from trainables.cost import Layer
 
@@ -127,13 +128,49 @@ def test_reports_approach_the_loss_at_full_fidelity() -> None:
     assert trial.ended_s == pytest.approx(6 * trial.epoch_s)
 
 
-def test_a_stopped_trial_frees_its_place_and_is_no_point() -> None:
+class EvenOnes(Never):
+    """Stops each trial with an even number after its first epoch, and lets it go on when others have ended."""
+
+    def __init__(self) -> None:
+        self.waiting: list[int] = []
+        self.ended = 0
+
+    def report(self, trial: int, epoch: int, loss: float, cost: float) -> bool:
+        if epoch == 1 and trial % 2 == 0:
+            self.waiting.append(trial)
+        return trial not in self.waiting
+
+    def end(self, trial: int, epoch: int, loss: float, cost: float) -> None:
+        self.ended += 1
+
+    def promote(self, room: float) -> int | None:
+        return self.waiting.pop(0) if self.waiting and self.ended >= 15 and room >= 5 else None
+
+
+def test_a_stopped_trial_frees_its_place_and_is_no_point_until_it_goes_on() -> None:
+    problem = replace(additive(0), fidelity=Fidelity(epochs=6, noise=0.1))
+    run = partial(simulate, problem, trials=30, concurrent=3)
+    whole, stopped = run(Random(problem, 0)), run(Random(problem, 0), stopper=EvenOnes(), budget=15 + 15 * 6 + 11)
+    assert [len(t.reported) for t in stopped] == [1 if t.number % 2 == 0 and t.number > 2 else 6 for t in stopped]
+    assert len(points(stopped)) == 15 + 2
+    both = [(a, b) for a, b in zip(whole, stopped, strict=True) if not b.stopped]
+    assert all(a.reported == b.reported for a, b in both)
+
+
+def test_no_more_epochs_are_spent_than_the_budget_has() -> None:
     problem = replace(additive(0), fidelity=Fidelity(epochs=6))
-    trials = simulate(
-        problem, Random(problem, 0), trials=30, concurrent=3, stop=lambda trial, epoch, loss, cost: trial % 2 == 0
-    )
-    assert [len(t.reported) for t in trials] == [1 if t.number % 2 == 0 else 6 for t in trials]
-    assert len(points(trials)) == 15
+    trials = simulate(problem, Random(problem, 0), trials=30, concurrent=4, stopper=EvenOnes(), budget=50)
+    assert 44 < sum(len(t.reported) for t in trials) <= 50
+
+
+@pytest.mark.parametrize("name", ["noisy", "crossing"])
+def test_curves_cross_and_are_those_of_the_configuration(name: str) -> None:
+    problem = replace(additive(0), fidelity=replace(CURVES[name], noise=0.0))
+    trials = simulate(problem, Random(problem, 0), trials=20)
+    left = {tuple(np.round(np.array(t.reported) - t.loss, 9)) for t in trials}
+    assert len(left) == (20 if name == "crossing" else 1)
+    again = simulate(problem, Random(problem, 0), trials=20, concurrent=4, seed=1)
+    assert [t.reported for t in again] == [t.reported for t in trials]
 
 
 @pytest.mark.parametrize(
