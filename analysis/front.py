@@ -112,11 +112,13 @@ class Front:
         max_relative_bops: float | None = None,
         max_size_bytes: float | None = None,
         min_accuracy: float | None = None,
+        within: float | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> pd.Series:
         """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
 
         A limit on something that was not searched for is honoured too: it then counts as a further objective, so that
-        no point is overlooked. Limits and errors as in `analysis.pick`.
+        no point is overlooked. Limits, `within`, `weights` and errors as in `analysis.pick`.
         """
         limits = {
             "max_bops": max_bops,
@@ -124,10 +126,35 @@ class Front:
             "max_size_bytes": max_size_bytes,
             "min_accuracy": min_accuracy,
         }
-        wanted = dict.fromkeys(name for name in ["accuracy", "bops", *limited_columns(**limits)] if name in self.rows)
+        needed = [*limited_columns(**limits), *(("accuracy", "bops") if weights is None else weights)]
+        wanted = dict.fromkeys(name for name in needed if name in self.rows)
         further = {name: "max" if name == "accuracy" else "min" for name in wanted if name not in self.objectives}
         front = Front.of(self.rows, {**self.objectives, **further}) if further else self
-        return pick(front.to_pandas(), **limits)
+        return pick(front.to_pandas(), **limits, within=within, weights=weights)
+
+    def knee(self) -> pd.Series:
+        """The point behind which each objective gains little for what the others lose, see `analysis.tradeoff`.
+
+        Raises:
+            ValueError: the front is empty.
+        """
+        return pick(self.to_pandas(), weights=dict.fromkeys(self.objectives, 1.0))
+
+    def marks(self) -> dict[str, int]:
+        """Positions in `to_pandas` of the points that people ask for by name; none for an empty front.
+
+        `most-accurate`, `fewest-bops`, `smallest` and `knee`; several may be one point.
+        """
+        if not len(self):
+            return {}
+        frame = self.to_pandas()
+        smallest = frame.sort_values(["size_bytes", "bops"], kind="stable").index[0]
+        return {
+            "most-accurate": 0,
+            "fewest-bops": int(str(pick(frame, within=1.0).name)),
+            "smallest": int(smallest),
+            "knee": int(str(self.knee().name)),
+        }
 
     def to_json(self) -> str:
         """A JSON array, a line for each point: the columns of `to_pandas`, `bits` in full, what is missing as null."""

@@ -1,10 +1,10 @@
-"""Picking one point of a front under limits: the most accurate that fits, or the cheapest that is accurate enough.
+"""Picking one point of a front: within limits, by weights, or the cheapest that is nearly as accurate as the best.
 
-Picking is a choice among points that exist, never a compromise between objectives: no weights, no knee.
+Limits say which points may be taken; what is left to decide is decided by one rule. Without any, accuracy decides.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,6 +12,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.rows import numbers
+from analysis.tradeoff import check_weights, scores
+
+_ROUNDING = 1e-12
+"""Accuracies are quotients: 0.98 - 0.975 is not quite 0.005."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,13 @@ def pick(
     max_relative_bops: float | None = None,
     max_size_bytes: float | None = None,
     min_accuracy: float | None = None,
+    within: float | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> pd.Series:
     """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
 
     Ties go to fewer BOPs, then fewer bytes, then higher accuracy, then the smaller trial. A point on a limit fits.
+    `within` and `weights` are other rules for choosing among the points that fit; there can be one of them.
 
     Args:
         front_frame: one row a point, with `trial`, `accuracy`, and the columns that the limits bound.
@@ -89,25 +96,33 @@ def pick(
         max_relative_bops: share of the BOPs at 32 x 32 bits, 0..1.
         max_size_bytes: bytes as exported, >= 0.
         min_accuracy: 0..1.
+        within: the fewest BOPs among the points whose accuracy is at most this much below that of the best, 0..1.
+        weights: the smallest score of `tradeoff.scores`, scaled on the whole front; equal weights give the knee.
 
     Raises:
-        ValueError: a limit is negative, not finite, or a share above 1; the frame lacks its column; or nothing fits,
-            and then which limits exclude everything and the point nearest to them.
+        ValueError: a limit is negative, not finite, or a share above 1; the frame lacks its column; both rules; or
+            nothing fits, and then which limits exclude everything and the point nearest to them.
     """
+    if within is not None and weights is not None:
+        raise ValueError("within and weights are two ways to choose one point: give one of them")
     given = {
         limit: float(value)
         for limit, value in zip(_LIMITS, (max_bops, max_relative_bops, max_size_bytes, min_accuracy), strict=True)
         if value is not None
     }
-    _check(front_frame, given)
+    _check(front_frame, given, within, weights)
     fits = _fitting(front_frame, given)
     if not fits.any():
         raise ValueError(_why_nothing_fits(front_frame, given))
+    left = front_frame[fits]
+    if weights is not None:
+        ranked = left.assign(_score=scores(front_frame, weights)[fits])
+        return _first(ranked, ["_score", "bops", "size_bytes"]).drop("_score")
+    if within is not None:
+        accuracy = numbers(left, ["accuracy"])[:, 0]
+        return _first(left[accuracy >= accuracy.max() - within - _ROUNDING], ["bops", "size_bytes", "accuracy"])
     cheapest = [limit.argument for limit in given] == ["min_accuracy"]
-    keys = ["bops", "size_bytes", "accuracy"] if cheapest else ["accuracy", "bops", "size_bytes"]
-    keys = [name for name in [*keys, "trial"] if name in front_frame]
-    ascending = [name != "accuracy" for name in keys]
-    return front_frame[fits].sort_values(keys, ascending=ascending, kind="stable").astype(object).iloc[0]
+    return _first(left, ["bops", "size_bytes", "accuracy"] if cheapest else ["accuracy", "bops", "size_bytes"])
 
 
 def limited_columns(**limits: float | None) -> list[str]:
@@ -119,9 +134,22 @@ def limited_columns(**limits: float | None) -> list[str]:
     return [limit.column for limit in _LIMITS if limits.get(limit.argument) is not None]
 
 
-def _check(frame: pd.DataFrame, given: dict[_Limit, float]) -> None:
+def _first(frame: pd.DataFrame, keys: list[str]) -> pd.Series:
+    """The first row by these keys, rising except for the accuracy, then by trial."""
+    keys = [name for name in [*keys, "trial"] if name in frame]
+    ascending = [name != "accuracy" for name in keys]
+    return frame.sort_values(keys, ascending=ascending, kind="stable").astype(object).iloc[0]
+
+
+def _check(
+    frame: pd.DataFrame, given: dict[_Limit, float], within: float | None, weights: Mapping[str, float] | None
+) -> None:
     if frame.empty:
         raise ValueError("the front has no points to pick from: no trial is complete")
+    if within is not None and not 0 <= within <= 1:
+        raise ValueError(f"within = {within:g}: give a share within 0..1 (half a point of accuracy is 0.005)")
+    if weights is not None:
+        check_weights(weights)
     for limit, value in given.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{limit.argument} = {value:g}: give a number >= 0")

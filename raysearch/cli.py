@@ -10,7 +10,21 @@ import click
 from raysearch import commands
 from raysearch.errors import RaysearchError, RecordError, SweepError, TrialError
 
-ORDER = ("list", "train", "sweep", "resume", "status", "front", "pick", "layers", "export", "mirror")
+ORDER = (
+    "list",
+    "train",
+    "sweep",
+    "resume",
+    "status",
+    "front",
+    "pick",
+    "layers",
+    "export",
+    "report",
+    "ui",
+    "register",
+    "mirror",
+)
 """In which a person meets the commands; others come after these."""
 
 

@@ -29,6 +29,12 @@ READABLE = {
     "relative_bops": "{:.3%}".format,
     "size_bytes": human_bytes,
 }
+OUTCOME = {
+    "accuracy": "validation accuracy",
+    "relative_bops": "relative BOPs",
+    "bops": "BOPs",
+    "size_bytes": "as exported",
+}
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
@@ -137,6 +143,27 @@ def span_ms(record: Mapping[str, Any]) -> tuple[int, int]:
 def epoch_start_ms(line: Mapping[str, Any]) -> int:
     """Start of an epoch in milliseconds since 1970."""
     return round(1000 * (line["time"] - (line.get("seconds") or 0)))
+
+
+def trial_note(sweep: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """A trial's description as Markdown: outcome, the command that repeats it, its resolved configuration.
+
+    The configuration is left out, for `RUN/records.jsonl` has it, where all of it would not fit.
+    """
+    from raysearch.repeat import train_command
+
+    if record["status"] == "complete":
+        parts = [f"{READABLE[name](record[name])} {words}" for name, words in OUTCOME.items() if record.get(name)]
+        head = ", ".join(parts)
+    else:
+        head = f"{record['status']}: {record.get('reason')}"
+    if not record.get("config") or not sweep.get("sweep"):
+        return head
+    blocks = [head, f"```sh\n{train_command(sweep['sweep'], record)}\n```"]
+    config = f"Resolved configuration:\n\n```json\n{json.dumps(record['config'], indent=1)}\n```"
+    if len("\n\n".join([*blocks, config])) > TAG_MAX:
+        config = f"Resolved configuration: the line of trial {record['trial']} in records.jsonl"
+    return "\n\n".join([*blocks, config])
 
 
 def description(sweep: Mapping[str, Any], front: pd.DataFrame, completed: int) -> str:

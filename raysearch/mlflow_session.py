@@ -19,10 +19,12 @@ from analysis.front import Front
 from analysis.pareto import hypervolume_history
 from raysearch import mlflow_entries as entries
 from raysearch.mlflow_links import Progress, is_served, public, redact
+from raysearch.reporting import SUMMARY_PAGE, swept
 
 log = logging.getLogger("raysearch.tracking")
 
 PUBLISH_S = 10.0
+PAGE_S = 60.0
 CHUNK_BYTES = 1 << 20
 SUMMARY = -1
 """Stands for the summary where the other runs have the number of their trial."""
@@ -99,7 +101,7 @@ class Session:
         self.trained: set[int] = set()
         records_sent, epochs_sent = self.progress.records_sent, self.progress.epochs_sent
         self._learn(self.epoch_lines.read(epochs_sent, epochs_sent), self.record_lines.read(records_sent, records_sent))
-        self.next_publish = 0.0
+        self.next_publish = self.next_page = 0.0
         self._save()
 
     def step(self, *, last: bool) -> bool:
@@ -117,7 +119,7 @@ class Session:
         stale = bool(self.records) and self.progress.published != self.record_lines.offset
         due = stale and (not (epochs or records) if last else time.monotonic() >= self.next_publish)
         if due:
-            self._publish()
+            self._publish(last=last)
         if epochs or records or due:
             self._save()
         return bool(epochs or records or due)
@@ -208,6 +210,8 @@ class Session:
             metrics += entries.record_metrics(record)
             params |= entries.record_params(record)
             tags |= entries.record_tags(record)
+        if records:
+            tags["mlflow.note.content"] = entries.trial_note(self.sweep, records[0])
         if trial not in self.runs:
             start_ms = entries.span_ms(records[0])[0] if records else entries.epoch_start_ms(epochs[0])
             self._create(trial, f"trial-{trial:04d}", start_ms, {"raysearch.trial": str(trial)})
@@ -231,8 +235,8 @@ class Session:
             picture = plot_bits(record["history"], Path(folder) / "bits.png", title=f"trial {trial}")
             self.client.log_artifact(self.runs[trial], str(picture))
 
-    def _publish(self) -> None:
-        """Tags of the front, and the summary of all records so far."""
+    def _publish(self, *, last: bool) -> None:
+        """Tags of the front, and the summary of all records so far; its page, which takes longer, not every time."""
         points = [record for record in self.records if record["status"] == "complete"]
         front = Front.of(points, self.sweep["objectives"])
         on_front = {int(trial) for trial in front.to_pandas()["trial"]} & set(self.runs)
@@ -245,6 +249,8 @@ class Session:
         self.tagged = on_front
         with self._unless_refused("the summary"):
             self._summarize(front, points)
+            if len(front) and (last or time.monotonic() >= self.next_page):
+                self._log_page()
         self.progress = replace(self.progress, published=self.record_lines.offset)
         self.next_publish = time.monotonic() + PUBLISH_S
 
@@ -267,6 +273,14 @@ class Session:
             with tempfile.TemporaryDirectory() as folder:
                 picture = plot_front(front, Path(folder) / "front.png", title=self.sweep["name"])
                 self.client.log_artifact(run_id, str(picture))
+
+    def _log_page(self) -> None:
+        """The report of the sweep as a page that MLflow shows."""
+        from analysis.report import report
+
+        sweep = swept(self.run, self.sweep, self.records)
+        self.client.log_text(self.runs[SUMMARY], report([sweep], self.sweep["name"]), SUMMARY_PAGE)
+        self.next_page = time.monotonic() + PAGE_S
 
     def _hypervolumes(self, points: Sequence[Line]) -> list[entries.Metric]:
         """Those that MLflow lacks. None where the loss is an objective: it has no worst value to measure from."""

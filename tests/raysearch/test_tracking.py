@@ -200,6 +200,7 @@ def test_a_trial_becomes_a_flat_run_with_its_params_tags_curves_and_times(mirror
         "raysearch.digest": "digest1",
         "raysearch.bits": "8/8 4/3",
         "raysearch.checkpoint": "trials/00001",
+        "mlflow.note.content": "90.00% validation accuracy, 20.000% relative BOPs, 200 BOPs, 12.5 KiB as exported",
         "pareto": "true",
     }
     first, second, end = (1000 * (START_S + 10 + seconds) for seconds in (2, 4, 4))
@@ -235,6 +236,7 @@ def test_the_summary_has_the_front_as_table_and_picture_and_the_hypervolume_afte
     assert pd.read_csv(folder / "front.csv")["trial"].tolist() == [5, 1, 0]
     assert [point["bits"]["fc"] for point in json.loads((folder / "front.json").read_text())] == [[4, 3]] * 3
     assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "3 points on the front of 4 completed trials" in (folder / "summary.html").read_text()
     volumes = history(client, summary, "hypervolume")
     expected = [0.8 * 0.9, 0.8 * 0.9 + 0.1 * 0.8, 0.8 * 0.9 + 0.1 * 0.8, 0.8 * 0.9 + 0.1 * 0.8 + 0.05 * 0.6]
     assert [step for step, _, _ in volumes] == [1, 2, 3, 4]
@@ -499,7 +501,7 @@ def test_what_a_server_missed_arrives_when_it_is_there_and_no_file_has_its_passw
         client = MlflowClient(f"http://127.0.0.1:{port}")
         assert on_front(client) == {"trial-0006"}
         files = [file.path for file in client.list_artifacts(runs_of(client)["summary"].info.run_id)]
-        assert files == ["front.csv", "front.json", "front.png"]
+        assert files == ["front.csv", "front.json", "front.png", "summary.html"]
         experiment = runs_of(client)["summary"].info.experiment_id
     assert front_url(run, uri).startswith(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?")
     written = [path for path in run.rglob("*") if path.is_file()]
