@@ -16,6 +16,7 @@ import pandas as pd
 from analysis import pareto
 from analysis.pick import limited_columns, pick
 from analysis.rows import complete_rows
+from analysis.tradeoff import balanced
 
 COLUMNS = (
     "run",
@@ -138,7 +139,7 @@ class Front:
         Raises:
             ValueError: the front is empty.
         """
-        return pick(self.to_pandas(), weights=dict.fromkeys(self.objectives, 1.0))
+        return pick(self.to_pandas(), weights=balanced(self.objectives))
 
     def marks(self) -> dict[str, int]:
         """Positions in `to_pandas` of the points that people ask for by name; none for an empty front.

@@ -367,6 +367,7 @@
       charts[chart.kind](figure, chart);
     });
     listeners.forEach((listener) => listener());
+    document.documentElement.dataset.ready = "true";
   }
   document.querySelectorAll("table.sortable").forEach(sortable);
   document.querySelectorAll("input.all").forEach((box) => box.addEventListener("change", draw));
@@ -377,5 +378,4 @@
   }).observe(document.body);
   const knee = Object.entries(data.marks).find(([, marks]) => marks.includes("knee"));
   choose(knee ? Number(knee[0]) : null);
-  document.documentElement.dataset.ready = "true";
 })();

@@ -97,7 +97,7 @@ def pick(
         max_size_bytes: bytes as exported, >= 0.
         min_accuracy: 0..1.
         within: the fewest BOPs among the points whose accuracy is at most this much below that of the best, 0..1.
-        weights: the smallest score of `tradeoff.scores`, scaled on the whole front; equal weights give the knee.
+        weights: the smallest score of `tradeoff.scores`, scaled on the whole front; `tradeoff.balanced` gives the knee.
 
     Raises:
         ValueError: a limit is negative, not finite, or a share above 1; the frame lacks its column; both rules; or

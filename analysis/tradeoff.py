@@ -3,13 +3,13 @@
 Each objective is scaled to 0 (the best value on the front) .. 1 (the worst), costs on a logarithmic scale, as they are
 drawn: halving the BOPs is the same step wherever it is taken. A point's score is the weighted sum, smaller is better.
 
-The knee is the point with the smallest score under equal weights. With two objectives that is the point farthest from
-the line through both ends of the front (Das 1999; "kneedle", Satopaa et al. 2011); with more, the one farthest from the
-plane through the ends of the scaled axes. It depends on which points are on the front, as any knee does.
+The knee is the point with the smallest score when accuracy weighs as much as all costs together. With two objectives
+that is the point farthest from the line through both ends of the front (Das 1999; "kneedle", Satopaa et al. 2011). It
+depends on which points are on the front, as any knee does.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,17 @@ def scores(frame: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
     values = np.column_stack([_scaled(numbers(frame, [name])[:, 0], name) for name in weights])
     given = np.array(list(weights.values()), dtype=float)
     return (values @ (given / given.sum())).round(12)  # what is equal shall be a tie
+
+
+def balanced(objectives: Iterable[str]) -> dict[str, float]:
+    """The weights of the knee: what is gained weighs 1, what is paid weighs 1, each shared by its objectives.
+
+    >>> balanced(["accuracy", "bops", "size_bytes"])
+    {'accuracy': 1.0, 'bops': 0.5, 'size_bytes': 0.5}
+    """
+    names = list(objectives)
+    gains = [name for name in names if name in ("accuracy", "loss")]
+    return {name: 1 / (len(gains) if name in gains else len(names) - len(gains)) for name in names}
 
 
 def check_weights(weights: Mapping[str, float]) -> None:

@@ -42,10 +42,10 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens an address in a fresh page, whose requests and errors are kept in `page.requests` and `page.faults`."""
+    """Opens an address in a page and waits for `ready`; requests and errors are in `page.requests`, `page.faults`."""
     pages = []
 
-    def open_page(url: str, width: int = 1200, height: int = 900) -> Any:
+    def open_page(url: str, ready: str = "html[data-ready]", width: int = 1200, height: int = 900) -> Any:
         page = browser.new_page(viewport={"width": width, "height": height})
         pages.append(page)
         page.requests, page.faults = [], []
@@ -53,6 +53,7 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.on("console", lambda said: page.faults.append(said.text) if said.type == "error" else None)
         page.goto(url)
+        page.wait_for_selector(ready)
         return page
 
     yield open_page

@@ -37,7 +37,6 @@ def written(path: Path, page: str) -> str:
 def test_a_page_opens_without_a_request_or_an_error(opened: Opened, single: str, several: str, shots: Path) -> None:
     for name, url in (("report", single), ("comparison", several)):
         page = opened(url)
-        page.wait_for_selector("html[data-ready]")
         page.screenshot(path=shots / f"{name}.png", full_page=True)
         assert (page.requests, page.faults) == ([url], [])
 
@@ -113,7 +112,6 @@ def test_bits_of_the_front_are_a_heat_map(opened: Opened, single: str) -> None:
 
 def test_methods_are_compared_with_bands_over_seeds(opened: Opened, several: str) -> None:
     page = opened(several)
-    page.wait_for_selector("html[data-ready]")
     attainment = page.locator("figure", has=page.locator("path.band"))
     assert [chart.locator("path.band").count() for chart in attainment.all()] == [2, 2, 2]
     titles = page.locator("h2").all_inner_texts()
@@ -125,7 +123,6 @@ def test_nothing_overlaps_or_leaves_the_page_at_any_width(opened: Opened, single
     for width in (380, 760, 1440):
         for url in (single, several):
             page = opened(url, width=width)
-            page.wait_for_selector("html[data-ready]")
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(OVERLAPPING) == []
 
@@ -146,7 +143,6 @@ def test_a_thousand_trials_of_a_deep_network_open_within_two_seconds_in_two_mega
     assert (tmp_path / "large.html").stat().st_size < 2_000_000
     began = time.monotonic()
     page = opened(url)
-    page.wait_for_selector("html[data-ready]")
     took = time.monotonic() - began
     page.screenshot(path=shots / "thousand.png")
     assert page.faults == []
