@@ -12,6 +12,30 @@ from torch.autograd.function import once_differentiable
 
 from trainables.quantize import SMALLEST_SCALE, _by_number, _compilable, _dense, _flat, _laid_out_as, _run
 
+
+class Memory:
+    """Memory for a result that is made anew in each step, the same again as soon as nobody holds the last one.
+
+    A system gives large blocks out page by page and takes them back in each step, which takes longer than quantizing.
+    """
+
+    def __init__(self) -> None:
+        self._block: Tensor | None = None
+
+    def like(self, x: Tensor) -> Tensor:
+        """An unset tensor with the shape, layout, type and device of `x`."""
+        block = self._block
+        same = block is not None and (block.shape, block.stride(), block.dtype) == (x.shape, x.stride(), x.dtype)
+        if not same or _held(block):
+            block = self._block = torch.empty_like(x)
+        return block.data
+
+
+def _held(block: Tensor) -> bool:
+    """Whether a tensor or a graph uses the memory of `block`, beside itself."""
+    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) > 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights of the largest entropy
 
@@ -31,11 +55,11 @@ def _entropy_forward(w: Tensor, q_max: Tensor, clip_range: Tensor) -> tuple[Tens
     return (codes - q_max / 2) * (scale * clip_range / q_max), scale
 
 
-def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor) -> tuple[Tensor, Tensor]:
+def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     if not _by_number(w):
         return _entropy_forward(w, q_max, clip_range)
     steps, width = float(q_max), float(clip_range)
-    y = w.abs()
+    y = torch.abs(w, out=memory.like(w))
     scale = (y.mean(dim=tuple(range(1, w.dim())), keepdim=True) * (2 * steps / (steps + 1))).clamp_min_(SMALLEST_SCALE)
     torch.mul(w, steps / width / scale, out=y).add_(steps / 2).clamp_(0, steps).round_()
     return y.sub_(steps / 2).mul_(scale * (width / steps)), scale
@@ -43,14 +67,14 @@ def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor) -> tupl
 
 class _EntropyWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, q_max: Tensor, clip_range: Tensor, rescale: bool) -> Tensor:
+    def forward(ctx: Any, w: Tensor, q_max: Tensor, clip_range: Tensor, rescale: bool, memory: Memory) -> Tensor:
         if _compilable():
             flat = _flat(_dense(w)).view(len(w), -1)
             y, scale = _run(_entropy_forward, flat, q_max, clip_range)
             y = y.as_strided_(w.shape, _dense(w).stride())
             scale = scale.view(-1, *[1] * (w.dim() - 1))
         else:
-            y, scale = _entropy_forward_eager(w, q_max, clip_range)
+            y, scale = _entropy_forward_eager(w, q_max, clip_range, memory)
         ctx.rescale = rescale
         ctx.save_for_backward(scale)
         return y
@@ -59,10 +83,12 @@ class _EntropyWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
-        return g / scale if ctx.rescale else g, None, None, None
+        return g / scale if ctx.rescale else g, None, None, None, None
 
 
-def entropy_weight(w: Tensor, q_max: Tensor, clip_range: Tensor, *, rescale: bool = False) -> Tensor:
+def entropy_weight(
+    w: Tensor, q_max: Tensor, clip_range: Tensor, *, rescale: bool = False, memory: Memory | None = None
+) -> Tensor:
     """Divide each filter by its `filter_scale`, clip, round to `q_max + 1` levels around 0, and scale back.
 
     N2UQ, section 3.3. There is no level 0; an exact 0 goes to the level that half to even gives.
@@ -73,8 +99,9 @@ def entropy_weight(w: Tensor, q_max: Tensor, clip_range: Tensor, *, rescale: boo
         clip_range: distance of the outer levels in units of the scale, 2 in the method; shape ().
         rescale: whether the gradient is divided by the scale, as in the authors' code, or passed as it is. It has no
             mask for clipped weights either way.
+        memory: where the result goes on a CPU; None takes new memory.
     """
-    return _EntropyWeight.apply(w, q_max, clip_range, rescale)
+    return _EntropyWeight.apply(w, q_max, clip_range, rescale, memory or Memory())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ thresholds and scales follow from two sums over each segment. Elsewhere the stra
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +34,6 @@ MOST_CELLS = 1 << 15
 """A longer table would not stay in the cache; binary search takes its place."""
 TINY = 1e-30
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""For x, start, widths, input scale and output scale."""
 
 
 def knots(start: Tensor, widths: Tensor, q_max: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,89 +124,125 @@ def _threshold_backward(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On a CPU. Short arrays are numpy's, which takes a fraction of the time for them. There is no compiled twin: the
-# compiler does not vectorize the table, and the fused loop is no faster than the passes.
+# On a CPU. Short arrays are numpy's, which takes a fraction of the time for them, and those of all quantizers of a
+# network are made together: it is the number of calls that takes the time. There is no compiled twin: the compiler does
+# not vectorize the table, and the fused loop is no faster than the passes.
 
 
 @dataclass(frozen=True)
-class _Segments:
-    """What the kernels need to know of one quantizer, as numbers; 2N + 2 bins count the boundaries below."""
+class Lookup:
+    """What the kernels need to know of one quantizer.
 
-    steps: int
-    ends: np.ndarray
-    widths: np.ndarray
+    Attributes:
+        boundaries: (2N + 1 or more), those beyond repeat the last.
+        cells: the boundary in each cell (else infinity), how many lie before it, cells in a unit; None: too many cells.
+        input_scale, level: factor on x, and the value of code 1.
+        slopes: of the line, for x, by number of boundaries below; (2N + 2 or more).
+    """
+
+    boundaries: Tensor
+    cells: tuple[Tensor, Tensor, float] | None
     input_scale: float
-    output_scale: float
-
-    @property
-    def bins(self) -> int:
-        return 2 * self.steps + 2
-
-    @property
-    def slopes(self) -> np.ndarray:
-        """Rise of the line over each segment, float64."""
-        return self.output_scale * OUTPUT_RANGE / self.steps / self.widths.astype(np.float64)
-
-    def boundaries(self) -> np.ndarray:
-        """As `_boundaries`, without the infinite ones."""
-        found = np.empty(2 * self.steps + 1, self.ends.dtype)
-        found[::2] = self.ends
-        np.add(self.ends[:-1], self.widths / 2, out=found[1::2])
-        return found
+    level: float
+    slopes: Tensor
 
 
-def _segments(start: Tensor, widths: Tensor, input_scale: Tensor, output_scale: Tensor, q_max: Tensor) -> _Segments:
-    steps = int(q_max)
-    floored = widths.detach().numpy()[:steps]
-    ends = np.empty(steps + 1, floored.dtype)
-    floored = np.maximum(floored, floored.dtype.type(NARROWEST))
-    ends[0], ends[1:] = float(start), floored
-    ends[:] = ends.cumsum(dtype=np.float64)  # as torch.cumsum does
-    return _Segments(steps, ends, floored, float(input_scale), float(output_scale))
+class _Segments:
+    """The segments of several quantizers, a row each, padded to those of the one with the most.
+
+    Args:
+        parameters: start, widths, input scale, output scale and q_max of each.
+    """
+
+    def __init__(self, parameters: Sequence[Sequence[Tensor]]) -> None:
+        numbers = torch.stack([p.detach() for start, _, *others in parameters for p in (start, *others)])
+        start, self.input_scale, self.output_scale, self.steps = numbers.numpy().reshape(-1, 4).T[:, :, None]
+        given = torch.stack([widths.detach() for _, widths, *_ in parameters]).numpy()[:, : int(self.steps.max())]
+        self.used = np.arange(given.shape[1]) < self.steps
+        self.trained = self.used & (given > NARROWEST)
+        self.widths = np.where(self.used, np.maximum(given, NARROWEST), 0)
+        ends = np.concatenate([start, self.widths], axis=1).cumsum(axis=1, dtype=np.float64)  # as torch.cumsum does
+        self.ends = ends.astype(given.dtype)
+        self.slopes = self.output_scale * OUTPUT_RANGE / self.steps / np.where(self.used, self.widths, np.inf)
+
+    def lookups(self) -> list[Lookup]:
+        """One for each quantizer."""
+        rows, columns = self.widths.shape
+        boundaries = np.empty((rows, 2 * columns + 1), self.ends.dtype)
+        boundaries[:, ::2] = self.ends
+        np.add(self.ends[:, :-1], self.widths / 2, out=boundaries[:, 1::2])
+        slopes = np.zeros((rows, 2 * columns + 2), self.ends.dtype)
+        slopes[:, 1:-1:2] = slopes[:, 2:-1:2] = self.slopes * self.input_scale
+        return [
+            Lookup(*tensors, input_scale=scale, level=level, slopes=slope)
+            for *tensors, scale, level, slope in zip(
+                torch.from_numpy(boundaries).unbind(),
+                _cell_tables(boundaries, self.used.repeat(2, axis=1)),
+                self.input_scale[:, 0].tolist(),
+                (self.output_scale * OUTPUT_RANGE / self.steps)[:, 0].tolist(),
+                torch.from_numpy(slopes).unbind(),
+                strict=True,
+            )
+        ]
+
+    def gradients(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Those of starts, widths, input scales and output scales, by the formulas of `_threshold_gradients`.
+
+        Args:
+            sums: of the gradient of the output, and of its product with x, by number of boundaries below; float64,
+                (rows, 2, 2 * columns + 2).
+        """
+        segment, segment_x = (sums[:, :, 1:-1:2] + sums[:, :, 2:-1:2]).swapaxes(0, 1)
+        up_to = (self.slopes * segment).cumsum(axis=1)
+        inner = self.slopes * (self.input_scale * segment_x - self.ends[:, :-1] * segment)
+        inner /= np.where(self.used, self.widths, 1)
+        widths = np.where(self.trained, up_to - up_to[:, -1:] - inner, 0)
+        codes = np.arange(sums.shape[2]) // 2
+        output_scale = OUTPUT_RANGE / self.steps[:, 0] * (sums[:, 0] @ codes)
+        return -up_to[:, -1], widths, (self.slopes * segment_x).sum(1), output_scale
 
 
-def _cell_table(boundaries: np.ndarray) -> tuple[Tensor, Tensor, float] | None:
-    """The boundary in each cell (else infinity), how many lie before it, cells in a unit; None: too many cells."""
-    cells_per_unit = 1 / max((boundaries[1:] - boundaries[:-1]).min(), TINY)
-    for _ in range(2):  # at the first try rounding may put two boundaries into one cell
-        if (boundaries[-1] - boundaries[0]) * cells_per_unit > MOST_CELLS:
-            return None
-        # Subtracting, then multiplying rounds alike here and in the kernels, which keeps the order.
-        cells = ((boundaries - boundaries[0]) * cells_per_unit).astype(np.int32)
-        if (cells[1:] > cells[:-1]).all():
-            within = np.full(cells[-1] + 2, np.inf, boundaries.dtype)
-            within[cells] = boundaries
-            before = np.zeros(len(within), boundaries.dtype)
-            before[cells + 1] = 1
-            return torch.from_numpy(within), torch.from_numpy(before.cumsum()), float(cells_per_unit)
-        cells_per_unit = 2 * cells_per_unit
-    return None
+def _cell_tables(boundaries: np.ndarray, used: np.ndarray) -> Iterator[tuple[Tensor, Tensor, float] | None]:
+    """`Lookup.cells` of each row of boundaries; `used` says which but the first are no padding."""
+    with np.errstate(invalid="ignore", over="ignore"):  # parameters may be no numbers
+        offsets = boundaries - boundaries[:, :1]
+        gaps = np.where(used, np.diff(boundaries), np.inf).min(axis=1, keepdims=True)
+        per_unit = (1 / np.maximum(gaps, TINY)).astype(boundaries.dtype)
+        for _ in range(2):  # at the first try rounding may put two boundaries into one cell
+            # Subtracting, then multiplying rounds alike here and in the kernels, which keeps the order.
+            cells = (offsets * per_unit).astype(np.int32)
+            apart = ((np.diff(cells) > 0) | ~used).all(axis=1) & (offsets[:, -1] * per_unit[:, 0] <= MOST_CELLS)
+            per_unit[~apart] *= 2
+    sizes = np.where(apart, cells[:, -1] + 2, 0)
+    first = sizes.cumsum() - sizes
+    real = np.concatenate([apart[:, None], used & apart[:, None]], axis=1)
+    places = (cells + first[:, None])[real]
+    within = np.full(sizes.sum(), np.inf, boundaries.dtype)
+    within[places] = boundaries[real]
+    before = np.zeros(len(within) + 1, boundaries.dtype)
+    before[places + 1] = 1
+    before = before.cumsum()
+    before = before[:-1] - before[first].repeat(sizes)
+    parts = (torch.from_numpy(array).split(sizes.tolist()) for array in (within, before))
+    for found, *tables, scale in zip(apart, *parts, per_unit[:, 0].tolist(), strict=True):
+        yield (*tables, scale) if found else None  # type: ignore[misc]
 
 
-def _look_up(
-    x: Tensor, within: Tensor, before: Tensor, input_scale: float, first: float, cells_per_unit: float, level: float
-) -> tuple[Tensor, Tensor]:
-    z = x * input_scale
-    place = z.sub(first).mul_(cells_per_unit).clamp_(0, len(within) - 1)
-    cell = place.to(torch.int32)
-    above = torch.index_select(within, 0, cell, out=place)  # memory just written is in the cache
-    torch.sub(z, above, out=above).gt_(0)
-    below = torch.index_select(before, 0, cell, out=z).add_(above)
-    return torch.mul(below, 0.5, out=place).floor_().mul_(level), below.to(torch.int16)
-
-
-def _forward_on_cpu(x: Tensor, segments: _Segments) -> tuple[Tensor, Tensor]:
-    boundaries = segments.boundaries()
-    level = segments.output_scale * OUTPUT_RANGE / segments.steps
-    table = _cell_table(boundaries)
-    if table is not None:
-        within, before, cells_per_unit = table
-        if math.isfinite(float(x.sum())):  # NaN has no cell
-            return _look_up(x, within, before, segments.input_scale, float(boundaries[0]), cells_per_unit, level)
-    z = x * segments.input_scale
+def _look_up(x: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
+    """The quantized flat `x`, and the number of boundaries below each element."""
+    if lookup.cells is not None and math.isfinite(float(x.sum())):  # NaN has no cell
+        within, before, per_unit = lookup.cells
+        z = x * lookup.input_scale
+        place = z.sub(float(lookup.boundaries[0])).mul_(per_unit).clamp_(0, len(within) - 1)
+        cell = place.to(torch.int32)
+        above = torch.index_select(within, 0, cell, out=place)  # memory just written is in the cache
+        torch.sub(z, above, out=above).gt_(0)
+        below = torch.index_select(before, 0, cell, out=z).add_(above)
+        return torch.mul(below, 0.5, out=place).floor_().mul_(lookup.level), below.to(torch.int16)
+    z = x * lookup.input_scale
     missing = z.isnan()
-    below = torch.bucketize(z, torch.from_numpy(boundaries), out_int32=True).masked_fill_(missing, 0)
-    return torch.where(missing, z, (below >> 1).to(z.dtype) * level), below.to(torch.int16)
+    below = torch.bucketize(z, lookup.boundaries, out_int32=True).masked_fill_(missing, 0)
+    return torch.where(missing, z, (below >> 1).to(z.dtype) * lookup.level), below.to(torch.int16)
 
 
 @functools.cache
@@ -214,26 +250,67 @@ def _lanes(row: int, bins: int) -> Tensor:
     return (torch.arange(row) % LANES * bins).to(torch.int16)
 
 
-def _backward_on_cpu(g: Tensor, x: Tensor, below: Tensor, segments: _Segments, widths: Tensor) -> Gradients:
-    """From the sums on, the formulas of `_threshold_gradients`."""
-    bins, slope = segments.bins, segments.slopes
-    by_below = np.zeros(bins, segments.ends.dtype)
-    by_below[1:-1:2] = by_below[2:-1:2] = slope * segments.input_scale
-    grad_x = torch.index_select(torch.from_numpy(by_below), 0, below.to(torch.int32)).mul_(g)
+def _sums(below: Tensor, weights: Sequence[Tensor], bins: int) -> Tensor:
+    """Sums of each of `weights` by the number of boundaries below, float64; (weights, bins)."""
     row = math.gcd(len(below), 1024)
     spread = (below.view(-1, row) + _lanes(row, bins)).view(-1)
-    sums, sums_x = (
-        torch.bincount(spread, weights, minlength=LANES * bins).numpy().reshape(LANES, bins).sum(0, np.float64)
-        for weights in (g, g * x)
-    )
-    segment, segment_x = sums[1:-1:2] + sums[2:-1:2], sums_x[1:-1:2] + sums_x[2:-1:2]
-    up_to = (slope * segment).cumsum()
-    inner = slope / segments.widths * (segments.input_scale * segment_x - segments.ends[:-1] * segment)
-    grads = np.zeros(len(widths) + 3)
-    grads[: segments.steps] = (up_to - up_to[-1] - inner) * (segments.widths > segments.widths.dtype.type(NARROWEST))
-    grads[-3:] = -up_to[-1], slope @ segment_x, OUTPUT_RANGE / segments.steps * (sums @ (np.arange(bins) // 2))
-    grad_widths, start, input_scale, output_scale = torch.from_numpy(grads).to(x.dtype).split([len(widths), 1, 1, 1])
-    return grad_x, start.view(()), grad_widths, input_scale.view(()), output_scale.view(())
+    counts = [torch.bincount(spread, weight, minlength=LANES * bins) for weight in weights]
+    return torch.stack(counts).view(len(weights), LANES, bins).sum(1, dtype=torch.float64)
+
+
+class _Prepare(torch.autograd.Function):
+    """A tensor for each quantizer; it has no values, but its gradient is what `_Segments.gradients` asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, segments: _Segments, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.segments, ctx.like = segments, parameters[:5]
+        rows, columns = segments.widths.shape
+        return tuple(torch.empty(2, 2 * columns + 2, dtype=torch.float64) for _ in range(rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *sums: Tensor) -> tuple[Tensor | None, ...]:
+        segments, widths = ctx.segments, ctx.like[1]
+        start, for_widths, *scales = map(torch.from_numpy, segments.gradients(torch.stack(sums).numpy()))
+        padded = widths.new_zeros(len(sums), len(widths))
+        padded[:, : for_widths.shape[1]] = for_widths
+        columns = [part.to(widths.dtype).unbind() for part in (start, padded, *scales)]
+        return None, *(part for row in zip(*columns, strict=True) for part in (*row, None))
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sums: Tensor, lookup: Lookup) -> Tensor:
+        x = _dense(x)
+        ctx.lookup = lookup
+        y, below = _look_up(_flat(x), lookup)
+        ctx.save_for_backward(x, below)
+        return y.as_strided_(x.shape, x.stride())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, below = ctx.saved_tensors
+        slopes, flat = ctx.lookup.slopes, _flat(_laid_out_as(g, x))
+        grad_x = torch.index_select(slopes, 0, below.to(torch.int32)).mul_(flat)
+        sums = _sums(below, (flat, flat * _flat(x)), len(slopes))
+        return grad_x.as_strided_(x.shape, x.stride()), sums, None
+
+
+def prepare(parameters: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Lookup]]:
+    """What `look_up` takes, for several quantizers on a CPU at once.
+
+    Args:
+        parameters: start, widths, input scale, output scale and q_max of each, as `threshold_quantize` takes them; all
+            widths of one length.
+    """
+    segments = _Segments(parameters)
+    return list(zip(_Prepare.apply(segments, *itertools.chain(*parameters)), segments.lookups(), strict=True))
+
+
+def look_up(x: Tensor, sums: Tensor, lookup: Lookup) -> Tensor:
+    """`threshold_quantize` with what `prepare` made."""
+    return _Quantize.apply(x, sums, lookup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,11 +320,7 @@ class _ThresholdQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         x = _dense(x)
-        if _by_number(x):
-            ctx.segments = _segments(*parameters)
-            y, below = _forward_on_cpu(_flat(x), ctx.segments)
-        else:
-            y, below = _threshold_forward(x if torch.compiler.is_compiling() else _flat(x), *parameters)
+        y, below = _threshold_forward(x if torch.compiler.is_compiling() else _flat(x), *parameters)
         ctx.save_for_backward(x, below, *parameters)
         return y if torch.compiler.is_compiling() else y.as_strided_(x.shape, x.stride())
 
@@ -258,10 +331,7 @@ class _ThresholdQuantize(torch.autograd.Function):
         g = _laid_out_as(g, x)
         if torch.compiler.is_compiling():
             return *_threshold_backward(g, x, below, *parameters), None
-        if _by_number(x):
-            grad_x, *grads = _backward_on_cpu(_flat(g), _flat(x), below, ctx.segments, parameters[1])
-        else:
-            grad_x, *grads = _threshold_backward(_flat(g), _flat(x), below, *parameters)
+        grad_x, *grads = _threshold_backward(_flat(g), _flat(x), below, *parameters)
         return grad_x.as_strided_(x.shape, x.stride()), *grads, None
 
 
@@ -291,4 +361,7 @@ def threshold_quantize(
     >>> threshold_quantize(t([-1.0, 0.3, 0.4, 1.1, 9.0]), t(0.0), t([0.6, 0.6, 1.0]), t(1.0), t(1.0), t(3.0))
     tensor([0.0000, 0.0000, 0.6667, 1.3333, 2.0000])
     """
-    return _ThresholdQuantize.apply(x, start, widths, input_scale, output_scale, q_max)
+    parameters = (start, widths, input_scale, output_scale, q_max)
+    if _by_number(x):
+        return look_up(x, *prepare([parameters])[0])
+    return _ThresholdQuantize.apply(x, *parameters)

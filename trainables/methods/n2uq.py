@@ -30,6 +30,7 @@ batch 256, 128 epochs, a float start, `method/teacher=resnet101 method/teacher_p
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,8 +47,8 @@ from trainables import modules, world
 from trainables.cost import Bits, Layer, LayerTable
 from trainables.errors import ConfigError, PluginError
 from trainables.method import Method as Base
-from trainables.methods._n2uq_kernels import entropy_weight, rprelu
-from trainables.methods._threshold_kernels import OUTPUT_RANGE, knots, threshold_quantize
+from trainables.methods._n2uq_kernels import Memory, entropy_weight, rprelu
+from trainables.methods._threshold_kernels import OUTPUT_RANGE, Lookup, knots, look_up, prepare, threshold_quantize
 from trainables.methods.pact import LearnedClip
 from trainables.models import resnet20
 from trainables.quantize import SMALLEST_SCALE
@@ -95,6 +96,9 @@ class LearnedThresholds(modules.Quantizer):
         activation: what x goes through first, if anything.
         from_batch: start the range from the first batch instead.
         stride: read every so many pixels only, those that a strided 1 x 1 convolution reads.
+
+    Attributes:
+        prepared: what follows from the parameters, while somebody else computes it (`prepared_thresholds`).
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class LearnedThresholds(modules.Quantizer):
         self.activation = activation
         self.from_batch = from_batch
         self.stride = stride
+        self.prepared: tuple[Tensor, Lookup] | None = None
         self.start = nn.Parameter(torch.zeros(()))
         self.widths = nn.Parameter(torch.zeros(2**MOST_BITS - 1))
         self.input_scale = nn.Parameter(torch.ones(()))
@@ -137,9 +142,28 @@ class LearnedThresholds(modules.Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape (4 dimensions with a stride)."""
-        return threshold_quantize(
-            self._read(x), self.start, self.widths, self.input_scale, self.output_scale, self.q_max
-        )
+        x = self._read(x)
+        if self.prepared is not None:
+            return look_up(x, *self.prepared)
+        return threshold_quantize(x, *self.arguments())
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What `threshold_quantize` takes beside x."""
+        return self.start, self.widths, self.input_scale, self.output_scale, self.q_max
+
+
+@contextmanager
+def prepared_thresholds(model: nn.Module) -> Iterator[None]:
+    """Prepare all quantizers of an eager network on a CPU together, for every forward inside: a fifth of the time."""
+    found = [module for module in model.modules() if isinstance(module, LearnedThresholds)]
+    if found and found[0].start.is_cpu and not isinstance(model, torch._dynamo.OptimizedModule):
+        for module, prepared in zip(found, prepare([module.arguments() for module in found]), strict=True):
+            module.prepared = prepared
+    try:
+        yield
+    finally:
+        for module in found:
+            module.prepared = None
 
 
 class EntropyWeight(modules.Quantizer):
@@ -156,10 +180,11 @@ class EntropyWeight(modules.Quantizer):
         super().__init__(bits, signed=False)
         self.rescale = rescale
         self.register_buffer("clip_range", torch.tensor(2.0), persistent=False)
+        self._memory = Memory()
 
     def forward(self, w: Tensor) -> Tensor:
         """The quantized weights, channels first."""
-        return entropy_weight(w, self.q_max, self.clip_range, rescale=self.rescale)
+        return entropy_weight(w, self.q_max, self.clip_range, rescale=self.rescale, memory=self._memory)
 
 
 class PublishedClip(LearnedClip):
@@ -324,7 +349,8 @@ class Method(Base):
 
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Cross-entropy with the labels, with the teacher's answers, or a share of each."""
-        logits = model(images)
+        with prepared_thresholds(model):
+            logits = model(images)
         share = self.settings.teacher_weight if self.settings.teacher is not None else 0.0
         loss = torch.zeros((), device=logits.device)
         if share < 1:
