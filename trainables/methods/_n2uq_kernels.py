@@ -4,6 +4,7 @@ Liu et al. 2022, "Nonuniform-to-uniform quantization", arXiv:2111.14826, section
 al. 2020, arXiv:2003.03488. As in `quantize`, a formula is one `autograd.Function` with its gradient in closed form.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ def _entropy_forward(w: Tensor, q_max: Tensor, clip_range: Tensor) -> tuple[Tens
     return (codes - q_max / 2) * (scale * clip_range / q_max), scale
 
 
+def _entropy_into(w: Tensor, y: Tensor, q_max: Tensor, clip_range: Tensor) -> Tensor:
+    values, scale = _entropy_forward(w, q_max, clip_range)
+    y.copy_(values)
+    return scale
+
+
 def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     if not _by_number(w):
         return _entropy_forward(w, q_max, clip_range)
@@ -69,10 +76,10 @@ class _EntropyWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, q_max: Tensor, clip_range: Tensor, rescale: bool, memory: Memory) -> Tensor:
         if _compilable():
-            flat = _flat(_dense(w)).view(len(w), -1)
-            y, scale = _run(_entropy_forward, flat, q_max, clip_range)
-            y = y.as_strided_(w.shape, _dense(w).stride())
-            scale = scale.view(-1, *[1] * (w.dim() - 1))
+            w = _dense(w)
+            y = memory.like(w)
+            rows = (_flat(x).view(len(w), -1) for x in (w, y))
+            scale = _run(_entropy_into, *rows, q_max, clip_range).view(-1, *[1] * (w.dim() - 1))
         else:
             y, scale = _entropy_forward_eager(w, q_max, clip_range, memory)
         ctx.rescale = rescale
@@ -107,6 +114,9 @@ def entropy_weight(
 # ---------------------------------------------------------------------------------------------------------------------
 # RPReLU
 
+FEW = 64
+"""Values of a channel in a row. With fewer of them, loops run over whole examples: short ones are slow."""
+
 
 def _rprelu_forward(x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     moved = x + shift
@@ -124,14 +134,16 @@ def _rprelu_backward(
 class _RPReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor, dim: int) -> Tensor:
-        after = [1] * (x.dim() - 1 - dim % x.dim())
-        ctx.summed = [axis for axis in range(x.dim()) if axis != dim % x.dim()]
-        shift, slope, offset = (p.view(-1, *after) for p in (shift, slope, offset))
+        dim %= x.dim()
+        ctx.summed = [axis for axis in range(x.dim()) if axis != dim]
+        inner = x.shape[dim + 1 :]
+        ctx.short = dim > 0 and 1 < math.prod(inner) < FEW and x.is_contiguous()
+        shift, slope, offset = (p.view(-1, *[1] * len(inner)) for p in (shift, slope, offset))
         if torch.compiler.is_compiling():
             y, moved = _rprelu_forward(x, shift, slope, offset)
-        elif _compilable():
-            y, moved = _run(_rprelu_forward, _dense(x), shift.data, slope.data, offset.data)
         else:
+            if ctx.short:
+                shift, slope, offset = (p.expand(-1, *inner).contiguous() for p in (shift, slope, offset))
             moved = x + shift
             y = torch._prelu_kernel(moved, slope).add_(offset)
         ctx.save_for_backward(moved, slope)
@@ -144,14 +156,14 @@ class _RPReLU(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return *_rprelu_backward(g, moved, slope, ctx.summed), None
         g = _laid_out_as(g, moved)
-        if _compilable():
-            return *_run(_rprelu_backward, g, moved, slope.data, ctx.summed), None
         # What torch.where does, in vectorised passes: the gradient of the positive part, and what it leaves.
         negative = torch.ops.aten.threshold_backward(g, moved, 0)
         torch.sub(g, negative, out=negative)
         grad_x = torch.addcmul(g, negative, slope - 1)
-        grads = grad_x.sum(ctx.summed), negative.mul_(moved).sum(ctx.summed), g.sum(ctx.summed)
-        return grad_x, *grads, None
+        summands = grad_x, negative.mul_(moved), g
+        if ctx.short:
+            return grad_x, *(t.sum(0, keepdim=True).sum(ctx.summed) for t in summands), None
+        return grad_x, *(t.sum(ctx.summed) for t in summands), None
 
 
 def rprelu(x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor, dim: int = 1) -> Tensor:

@@ -35,7 +35,6 @@ MOST_CELLS = 1 << 15
 TINY = 1e-30
 
 
-
 def knots(start: Tensor, widths: Tensor, q_max: Tensor) -> tuple[Tensor, Tensor]:
     """Ends of the segments d_0..d_N, and the thresholds t_1..t_N in their middles, both rising; N = `q_max`.
 
@@ -137,7 +136,7 @@ class Lookup:
         boundaries: (2N + 1 or more), those beyond repeat the last.
         cells: the boundary in each cell (else infinity), how many lie before it, cells in a unit; None: too many cells.
         input_scale, level: factor on x, and the value of code 1.
-        slopes: of the line, for x, by number of boundaries below; (2N + 2 or more).
+        slopes: of the line, for x, by number of boundaries below, in each lane; (LANES x (2N + 2 or more)).
     """
 
     boundaries: Tensor
@@ -145,6 +144,10 @@ class Lookup:
     input_scale: float
     level: float
     slopes: Tensor
+
+
+Prepared = tuple[Tensor, Tensor, Lookup]
+"""Where the backward pass leaves its sums, and the tables."""
 
 
 class _Segments:
@@ -171,8 +174,8 @@ class _Segments:
         boundaries = np.empty((rows, 2 * columns + 1), self.ends.dtype)
         boundaries[:, ::2] = self.ends
         np.add(self.ends[:, :-1], self.widths / 2, out=boundaries[:, 1::2])
-        slopes = np.zeros((rows, 2 * columns + 2), self.ends.dtype)
-        slopes[:, 1:-1:2] = slopes[:, 2:-1:2] = self.slopes * self.input_scale
+        slopes = np.zeros((rows, LANES, 2 * columns + 2), self.ends.dtype)
+        slopes[:, :, 1:-1:2] = slopes[:, :, 2:-1:2] = (self.slopes * self.input_scale)[:, None]
         return [
             Lookup(*tensors, input_scale=scale, level=level, slopes=slope)
             for *tensors, scale, level, slope in zip(
@@ -180,7 +183,7 @@ class _Segments:
                 _cell_tables(boundaries, self.used.repeat(2, axis=1)),
                 self.input_scale[:, 0].tolist(),
                 (self.output_scale * OUTPUT_RANGE / self.steps)[:, 0].tolist(),
-                torch.from_numpy(slopes).unbind(),
+                torch.from_numpy(slopes).flatten(1).unbind(),
                 strict=True,
             )
         ]
@@ -247,43 +250,38 @@ def _look_up(x: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _lanes(row: int, bins: int) -> Tensor:
-    return (torch.arange(row) % LANES * bins).to(torch.int16)
-
-
-def _sums(below: Tensor, weights: Sequence[Tensor], bins: int) -> Tensor:
-    """Sums of each of `weights` by the number of boundaries below, float64; (weights, bins)."""
-    row = math.gcd(len(below), 1024)
-    spread = (below.view(-1, row) + _lanes(row, bins)).view(-1)
-    counts = [torch.bincount(spread, weight, minlength=LANES * bins) for weight in weights]
-    return torch.stack(counts).view(len(weights), LANES, bins).sum(1, dtype=torch.float64)
+    return (torch.arange(row) % LANES * bins).to(torch.int32)
 
 
 class _Prepare(torch.autograd.Function):
-    """A tensor for each quantizer; it has no values, but its gradient is what `_Segments.gradients` asks for."""
+    """Two tensors for each quantizer; they have no values, but their gradients are the sums of `_Segments.gradients`.
+
+    By lane and number of boundaries below, flat.
+    """
 
     @staticmethod
     def forward(ctx: Any, segments: _Segments, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.segments, ctx.like = segments, parameters[:5]
+        ctx.segments, ctx.like = segments, parameters[1]
         rows, columns = segments.widths.shape
-        return tuple(torch.empty(2, 2 * columns + 2, dtype=torch.float64) for _ in range(rows))
+        return tuple(ctx.like.new_empty(LANES * (2 * columns + 2)) for _ in range(2 * rows))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *sums: Tensor) -> tuple[Tensor | None, ...]:
-        segments, widths = ctx.segments, ctx.like[1]
-        start, for_widths, *scales = map(torch.from_numpy, segments.gradients(torch.stack(sums).numpy()))
-        padded = widths.new_zeros(len(sums), len(widths))
-        padded[:, : for_widths.shape[1]] = for_widths
-        columns = [part.to(widths.dtype).unbind() for part in (start, padded, *scales)]
+        lanes = torch.stack(sums).view(len(sums) // 2, 2, LANES, -1).sum(2, dtype=torch.float64)
+        start, widths, *scales = map(torch.from_numpy, ctx.segments.gradients(lanes.numpy()))
+        padded = ctx.like.new_zeros(len(lanes), len(ctx.like))
+        padded[:, : widths.shape[1]] = widths
+        columns = [part.to(padded.dtype).unbind() for part in (start, padded, *scales)]
         return None, *(part for row in zip(*columns, strict=True) for part in (*row, None))
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sums: Tensor, lookup: Lookup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sums: Tensor, sums_x: Tensor, lookup: Lookup) -> Tensor:
         x = _dense(x)
         ctx.lookup = lookup
-        y, below = _look_up(_flat(x), lookup)
+        y, below = _look_up(_elements(x), lookup)
         ctx.save_for_backward(x, below)
         return y.as_strided_(x.shape, x.stride())
 
@@ -291,13 +289,20 @@ class _Quantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, below = ctx.saved_tensors
-        slopes, flat = ctx.lookup.slopes, _flat(_laid_out_as(g, x))
-        grad_x = torch.index_select(slopes, 0, below.to(torch.int32)).mul_(flat)
-        sums = _sums(below, (flat, flat * _flat(x)), len(slopes))
-        return grad_x.as_strided_(x.shape, x.stride()), sums, None
+        slopes, flat = ctx.lookup.slopes, _elements(_laid_out_as(g, x))
+        row = math.gcd(len(below), 1024)
+        place = (below.view(-1, row) + _lanes(row, len(slopes) // LANES)).view(-1)
+        grad_x = torch.index_select(slopes, 0, place).mul_(flat)
+        sums = (torch.bincount(place, weights, minlength=len(slopes)) for weights in (flat, flat * _elements(x)))
+        return grad_x.as_strided_(x.shape, x.stride()), *sums, None
 
 
-def prepare(parameters: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Lookup]]:
+def _elements(x: Tensor) -> Tensor:
+    """Those of a dense tensor in the order of memory, without a copy."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def prepare(parameters: Sequence[Sequence[Tensor]]) -> list[Prepared]:
     """What `look_up` takes, for several quantizers on a CPU at once.
 
     Args:
@@ -305,12 +310,13 @@ def prepare(parameters: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Lookup
             widths of one length.
     """
     segments = _Segments(parameters)
-    return list(zip(_Prepare.apply(segments, *itertools.chain(*parameters)), segments.lookups(), strict=True))
+    sums = _Prepare.apply(segments, *itertools.chain(*parameters))
+    return list(zip(sums[::2], sums[1::2], segments.lookups(), strict=True))
 
 
-def look_up(x: Tensor, sums: Tensor, lookup: Lookup) -> Tensor:
+def look_up(x: Tensor, prepared: Prepared) -> Tensor:
     """`threshold_quantize` with what `prepare` made."""
-    return _Quantize.apply(x, sums, lookup)
+    return _Quantize.apply(x, *prepared)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,5 +369,5 @@ def threshold_quantize(
     """
     parameters = (start, widths, input_scale, output_scale, q_max)
     if _by_number(x):
-        return look_up(x, *prepare([parameters])[0])
+        return look_up(x, prepare([parameters])[0])
     return _ThresholdQuantize.apply(x, *parameters)

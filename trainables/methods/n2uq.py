@@ -48,7 +48,7 @@ from trainables.cost import Bits, Layer, LayerTable
 from trainables.errors import ConfigError, PluginError
 from trainables.method import Method as Base
 from trainables.methods._n2uq_kernels import Memory, entropy_weight, rprelu
-from trainables.methods._threshold_kernels import OUTPUT_RANGE, Lookup, knots, look_up, prepare, threshold_quantize
+from trainables.methods._threshold_kernels import OUTPUT_RANGE, Prepared, knots, look_up, prepare, threshold_quantize
 from trainables.methods.pact import LearnedClip
 from trainables.models import resnet20
 from trainables.quantize import SMALLEST_SCALE
@@ -108,7 +108,7 @@ class LearnedThresholds(modules.Quantizer):
         self.activation = activation
         self.from_batch = from_batch
         self.stride = stride
-        self.prepared: tuple[Tensor, Lookup] | None = None
+        self.prepared: Prepared | None = None
         self.start = nn.Parameter(torch.zeros(()))
         self.widths = nn.Parameter(torch.zeros(2**MOST_BITS - 1))
         self.input_scale = nn.Parameter(torch.ones(()))
@@ -129,7 +129,7 @@ class LearnedThresholds(modules.Quantizer):
 
     def _read(self, x: Tensor) -> Tensor:
         if self.stride != (1, 1):
-            x = x[:, :, :: self.stride[0], :: self.stride[1]]
+            x = x[:, :, :: self.stride[0], :: self.stride[1]].contiguous(memory_format=torch.channels_last)
         return x if self.activation is None else self.activation(x)
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class LearnedThresholds(modules.Quantizer):
         """The quantized activations, any shape (4 dimensions with a stride)."""
         x = self._read(x)
         if self.prepared is not None:
-            return look_up(x, *self.prepared)
+            return look_up(x, self.prepared)
         return threshold_quantize(x, *self.arguments())
 
     def arguments(self) -> tuple[Tensor, ...]:
@@ -218,7 +218,7 @@ class ResidualBlock(nn.Module):
         """(batch, inputs, height, width) to (batch, outputs, height / stride, width / stride)."""
         features = images
         for i in range(1, self.depth + 1):
-            features = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(features))
+            features = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(features))
         return self.activation(features + self.downsample(images))
 
 
