@@ -1,6 +1,7 @@
 """Laws of N2UQ: its kernels against the plain formulas, what becomes of a network, and what a teacher may do."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainables.methods import _threshold_kernels as threshold_kernels
 from trainables.methods import n2uq
 from trainables.methods._n2uq_kernels import entropy_weight, rprelu
 from trainables.methods._threshold_kernels import NARROWEST, knots, threshold_quantize
-from trainables.methods.n2uq import EntropyWeight, LearnedThresholds, Method, ResidualBlock, RPReLU
+from trainables.methods.n2uq import EntropyWeight, LearnedThresholds, Method, ResidualBlock, RPReLU, prepared_thresholds
 from trainables.teachers import build_teacher, distillation_loss
 
 widths_in_bits = st.integers(1, 8)
@@ -164,6 +165,38 @@ def test_the_straight_formulas_give_what_the_table_gives(arguments, seed):
     wanted = torch.autograd.grad(threshold_quantize(x, **copied), inputs, x.detach().cos())
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7 * float(theirs.abs().max()) + 1e-12)
+
+
+def test_quantizers_of_any_widths_prepared_together_are_those_prepared_alone():
+    generator = torch.Generator().manual_seed(0)
+    quantizers = nn.ModuleList(LearnedThresholds(bits) for bits in (3, 8, 1, 2, 5))
+    for quantizer in quantizers:
+        for p in quantizer.parameters():
+            p.data.mul_(torch.rand(p.shape, generator=generator) + 0.5)
+    quantizers[3].widths.data[1] = 1e5  # too wide for a table
+    x = torch.randn(5, 2, 3, 4, 4, generator=generator) * 2
+    found = []
+    for together in (prepared_thresholds(quantizers), nullcontext()):
+        with together:
+            y = torch.stack([quantizer(images) for quantizer, images in zip(quantizers, x, strict=True)])
+        assert all(quantizer.prepared is None for quantizer in quantizers)
+        found.append([y, *torch.autograd.grad((y * x.cos()).sum(), list(quantizers.parameters()))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_quantized_weights_take_the_same_memory_again_once_nobody_holds_them():
+    quantizer, w = EntropyWeight(2), torch.randn(3, 4, requires_grad=True)
+    first, second = quantizer(w), quantizer(w * 2)
+    assert first.data_ptr() != second.data_ptr()  # the first one is still there
+    address = second.data_ptr()
+    assert torch.equal(first, entropy_weight(w, quantizer.q_max, quantizer.clip_range))
+    loss = (second @ torch.randn(4, 4, requires_grad=True)).sum()
+    del second
+    assert quantizer(w).data_ptr() != address  # the graph holds it
+    address = quantizer(w).data_ptr()
+    loss.backward()
+    assert quantizer(w).data_ptr() == address
 
 
 def test_a_compiled_model_gives_the_numbers_of_the_eager_one():

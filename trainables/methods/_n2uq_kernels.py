@@ -26,15 +26,22 @@ class Memory:
     def like(self, x: Tensor) -> Tensor:
         """An unset tensor with the shape, layout, type and device of `x`."""
         block = self._block
-        same = block is not None and (block.shape, block.stride(), block.dtype) == (x.shape, x.stride(), x.dtype)
-        if not same or _held(block):
+        if (
+            block is None
+            or _held(block)
+            or (block.shape, block.stride(), block.dtype) != (x.shape, x.stride(), x.dtype)
+        ):
             block = self._block = torch.empty_like(x)
-        return block.data
+        return block.data  # by `.data` the next result is no change of this one
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
 def _held(block: Tensor) -> bool:
-    """Whether a tensor or a graph uses the memory of `block`, beside itself."""
-    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) > 2
+    """Whether a tensor or a graph uses the memory of `block`, beside itself and the handle that asks."""
+    return int(torch._C._storage_Use_Count(block.untyped_storage()._cdata)) > 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ thresholds and scales follow from two sums over each segment. Elsewhere the stra
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ class Lookup:
     """What the kernels need to know of one quantizer.
 
     Attributes:
-        boundaries: (2N + 1 or more), those beyond repeat the last.
+        boundaries: (2N + 1 or more), those beyond are infinite.
         cells: the boundary in each cell (else infinity), how many lie before it, cells in a unit; None: too many cells.
         input_scale, level: factor on x, and the value of code 1.
         slopes: of the line, for x, by number of boundaries below, in each lane; (LANES x (2N + 2 or more)).
@@ -174,13 +174,16 @@ class _Segments:
         boundaries = np.empty((rows, 2 * columns + 1), self.ends.dtype)
         boundaries[:, ::2] = self.ends
         np.add(self.ends[:, :-1], self.widths / 2, out=boundaries[:, 1::2])
+        used = self.used.repeat(2, axis=1)
+        cells = _cell_tables(boundaries, used)
+        boundaries[:, 1:][~used] = np.inf
         slopes = np.zeros((rows, LANES, 2 * columns + 2), self.ends.dtype)
         slopes[:, :, 1:-1:2] = slopes[:, :, 2:-1:2] = (self.slopes * self.input_scale)[:, None]
         return [
-            Lookup(*tensors, input_scale=scale, level=level, slopes=slope)
-            for *tensors, scale, level, slope in zip(
+            Lookup(*row)
+            for row in zip(
                 torch.from_numpy(boundaries).unbind(),
-                _cell_tables(boundaries, self.used.repeat(2, axis=1)),
+                cells,
                 self.input_scale[:, 0].tolist(),
                 (self.output_scale * OUTPUT_RANGE / self.steps)[:, 0].tolist(),
                 torch.from_numpy(slopes).flatten(1).unbind(),
@@ -205,8 +208,8 @@ class _Segments:
         return -up_to[:, -1], widths, (self.slopes * segment_x).sum(1), output_scale
 
 
-def _cell_tables(boundaries: np.ndarray, used: np.ndarray) -> Iterator[tuple[Tensor, Tensor, float] | None]:
-    """`Lookup.cells` of each row of boundaries; `used` says which but the first are no padding."""
+def _cell_tables(boundaries: np.ndarray, used: np.ndarray) -> list[tuple[Tensor, Tensor, float] | None]:
+    """`Lookup.cells` of each row of boundaries; `used` says which but the first are no padding, which is the last."""
     with np.errstate(invalid="ignore", over="ignore"):  # parameters may be no numbers
         offsets = boundaries - boundaries[:, :1]
         gaps = np.where(used, np.diff(boundaries), np.inf).min(axis=1, keepdims=True)
@@ -227,8 +230,8 @@ def _cell_tables(boundaries: np.ndarray, used: np.ndarray) -> Iterator[tuple[Ten
     before = before.cumsum()
     before = before[:-1] - before[first].repeat(sizes)
     parts = (torch.from_numpy(array).split(sizes.tolist()) for array in (within, before))
-    for found, *tables, scale in zip(apart, *parts, per_unit[:, 0].tolist(), strict=True):
-        yield (*tables, scale) if found else None  # type: ignore[misc]
+    rows = zip(*parts, per_unit[:, 0].tolist(), strict=True)
+    return [row if found else None for row, found in zip(rows, apart, strict=True)]
 
 
 def _look_up(x: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
