@@ -61,6 +61,12 @@ class Training:
         int, Field(ge=0, le=100_000, description="how many of them, the last ones, keep the learned widths fixed")
     ] = 0
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="examples of a step, over all workers")] = 64
+    accumulate: Annotated[
+        int, Field(ge=1, le=65_536, description="parts in which a worker takes its share of a batch, to save memory")
+    ] = 1
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Field(description="of matrix products; quantizers and weights stay float32")
+    ] = "float32"
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="label smoothing")] = 0.0
     compile: Annotated[Literal["off", "quantizers", "model"], Field(description="what torch.compile compiles")] = "off"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainables import checkpoint, plugins, quantize, world
+from trainables import checkpoint, modules, plugins, quantize, shared_norm, world
 from trainables.build import build_model, load_data
 from trainables.config import TrialConfig, resolve_bits
 from trainables.cost import FLOAT_BITS, LayerTable, bops, size_bytes
@@ -26,6 +26,7 @@ from trainables.layers import trace
 from trainables.method import Method, Point
 from trainables.optimizers import Optimizers
 from trainables.splits import Split
+from trainables.step import training_step
 
 EVALUATION_BATCH = 512
 
@@ -107,7 +108,10 @@ class Session:
             checkpoint.load_weights(start, self.model)
         self.method = self._method()
         self.method.prepare(self.model, self.table, self.bits)
+        shared_norm.share(self.model)
         self.model.to(self.device).to(memory_format=torch.channels_last)
+        if self.precision == torch.bfloat16:
+            modules.keep_float32(self.model)
         self.forward: nn.Module = self.model
         if config.training.compile == "model":
             self.forward = torch.compile(self.model)  # type: ignore[assignment]
@@ -118,25 +122,33 @@ class Session:
         settings = found.Settings(**self.config.method.settings)
         return found(settings, label_smoothing=smoothing, epochs=self.config.search_epochs)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of matrix products and convolutions in training; evaluation is in float32."""
+        return getattr(torch, self.config.training.precision)  # type: ignore[no-any-return]
+
     def optimizers(self, *, finetuning: bool = False) -> Optimizers:
         """Fresh optimizers over the method's parameter groups."""
         factor = self.config.optimizer.finetune_factor if finetuning else 1.0
         return Optimizers(self.method.groups(self.model), self.config.optimizer, lr_factor=factor)
 
     def calibrate(self) -> None:
-        """Let the method set its scales from the first training batch."""
-        images, _ = next(self.batches(epoch=0))
-        self.method.calibrate(self.model, images)
+        """Let the method set its scales from the first training batch: all of it on every rank, so that all agree."""
+        images, _ = next(self.batches(epoch=0, rank=0, ranks=1))
+        with world.seeing(1.0):
+            self.method.calibrate(self.model, images)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the training batches of one epoch."""
+    def batches(
+        self, epoch: int, *, rank: int | None = None, ranks: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the training batches of one epoch, or that of another rank."""
         batches = self.data.train.batches(
             self.config.training.batch_size,
             device=self.device,
             seed=self.config.seed * 1_000_003 + epoch,
             augment=True,
-            rank=world.rank(),
-            world=world.size(),
+            rank=world.rank() if rank is None else rank,
+            world=ranks or world.size(),
         )
         for images, labels in batches:
             yield images.contiguous(memory_format=torch.channels_last), labels
@@ -265,37 +277,6 @@ def fit(
         yield report
 
 
-def training_step(
-    method: Method, model: nn.Module, forward: nn.Module, images: Tensor, labels: Tensor, optimizers: Optimizers
-) -> Tensor:
-    """One training step, or one for each loss if the method says so; the sum of its losses, detached.
-
-    Args:
-        method: of the trial.
-        model: what is trained.
-        forward: `model`, or its compiled twin.
-        images, labels: this rank's share of the batch.
-        optimizers: of the trial.
-    """
-
-    def update() -> None:
-        world.average(p.grad for p in optimizers.parameters() if p.grad is not None)
-        optimizers.step()
-        method.after_step(model)
-
-    total = torch.zeros((), device=images.device)
-    optimizers.zero_grad()
-    for loss in method.losses(forward, images, labels):
-        loss.backward()
-        total += loss.detach()
-        if method.step_each_loss:
-            update()
-            optimizers.zero_grad()
-    if not method.step_each_loss:
-        update()
-    return total
-
-
 def _train(session: Session, optimizers: Optimizers, epoch: int) -> float:
     """One epoch of steps; the mean loss, over all ranks. Both phases of a trial have a schedule of their own."""
     steps, config = session.steps_per_epoch(), session.config
@@ -306,7 +287,17 @@ def _train(session: Session, optimizers: Optimizers, epoch: int) -> float:
     total = torch.zeros((), device=session.device)
     for step, (images, labels) in enumerate(session.batches(epoch)):
         optimizers.set_rates((epoch - first) * steps + step, epochs * steps)
-        total += training_step(session.method, session.model, session.forward, images, labels, optimizers)
+        total += training_step(
+            session.method,
+            session.model,
+            session.forward,
+            images,
+            labels,
+            optimizers,
+            batch=min(config.training.batch_size, len(session.data.train)),
+            parts=config.training.accumulate,
+            precision=session.precision,
+        )
     mean = float(world.mean(total)) / steps
     if not math.isfinite(mean):
         raise DivergedError(f"loss is {mean} after epoch {epoch} (optimizer/lr = {config.optimizer.lr:g})")

@@ -5,6 +5,7 @@
 | `prepare` | swaps modules, sets initial scales |
 | `groups` | parameter groups by role: weights, scales, clip levels, gates |
 | `losses` | a generator of losses; the loop calls backward on each, then makes one step |
+| `before_step` | changes gradients, once they are averaged over all ranks |
 | `after_step`, `after_epoch` | changes the model between steps, between epochs |
 | `freeze` | ends the search phase of a method that learns its widths: they are fixed from here |
 | `faults` | says what is wrong with a configuration beyond the types of its settings |
@@ -104,7 +105,7 @@ class Method:
         raise NotImplementedError(f"{type(self).__module__} defines neither prepare nor input_quantizer")
 
     def calibrate(self, model: nn.Module, images: Tensor) -> None:
-        """Set initial scales from one batch of training images."""
+        """Set initial scales from one batch of training images, the same on every rank."""
         modules.calibrate(model, images)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -114,6 +115,9 @@ class Method:
     def losses(self, model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Losses of one step, each with a graph of its own."""
         yield functional.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
+
+    def before_step(self, model: nn.Module) -> None:
+        """What precedes each optimizer step, with the gradients of the whole batch; by default nothing."""
 
     def after_step(self, model: nn.Module) -> None:
         """What follows each optimizer step; by default nothing."""

@@ -6,6 +6,7 @@ layer that it replaces, so the state dict of the float network loads into the qu
 
 import math
 from collections.abc import Iterator
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,22 @@ def replace(
         raise TypeError(f"{row.name} is a {type(layer).__name__}; only Conv2d and Linear can be quantized")
     model.set_submodule(row.name, new)
     return new
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Let quantizers compute in float32 where the rest of the network does not, and the network return float32.
+
+    Wraps their `forward`, in place; under `torch.autocast` only matrix products and convolutions are left to it.
+    """
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.forward = MethodType(_in_float32, module)  # type: ignore[method-assign]
+    model.register_forward_hook(lambda _, images, logits: logits.float())
+
+
+def _in_float32(quantizer: Quantizer, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return type(quantizer).forward(quantizer, x.float())
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -2,13 +2,20 @@
 
 Gradients are averaged in one flat all-reduce after the last backward pass of a step, which serves every method, also
 those with several losses a step; nothing is registered on the model, so nothing outlives a trial.
+
+A forward pass sees a share of the step's batch: one over the number of ranks, less when gradients are accumulated, more
+or less when the batch cannot be shared evenly. What depends on the size of the whole batch asks `share`.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_share: float | None = None
 
 
 def size() -> int:
@@ -21,6 +28,22 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
+def share() -> float:
+    """The share of the batch that the current forward pass sees, 0..1."""
+    return 1 / size() if _share is None else _share
+
+
+@contextlib.contextmanager
+def seeing(part: float) -> Iterator[None]:
+    """Let forward passes see this share of the batch."""
+    global _share
+    before, _share = _share, part
+    try:
+        yield
+    finally:
+        _share = before
+
+
 def total(tensor: Tensor) -> Tensor:
     """Sum of `tensor` over all ranks, in place."""
     if size() > 1:
@@ -28,9 +51,32 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(tensor: Tensor) -> Tensor:
+    """Largest `tensor` of all ranks, element by element, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def mean(tensor: Tensor) -> Tensor:
     """Mean of `tensor` over all ranks, in place."""
     return total(tensor).div_(size()) if size() > 1 else tensor
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return total(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return total(g.clone())
+
+
+def differentiable_total(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over all ranks; its gradient is the sum of those of all ranks' losses."""
+    total_: Tensor = _Total.apply(tensor)
+    return total_
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ from trainables import plugins, quantize
 from trainables.build import build_model
 from trainables.config import merged, parse, resolve_bits
 from trainables.cost import LayerTable
-from trainables.fit import training_step
 from trainables.layers import trace
 from trainables.optimizers import Optimizers
+from trainables.step import training_step
 
 NETWORKS = {
     "lenet5": ((1, 28, 28), 128, "mnist"),

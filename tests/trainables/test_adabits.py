@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -429,62 +428,3 @@ def test_every_point_can_be_switched_to_after_any_other():
     for point in reversed(points):
         point.activate()
         assert torch.equal(session.model(torch.zeros(1, 1, 8, 8)), reference[point.label])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two ranks
-
-RANK = """
-import json, sys, torch
-import torch.distributed as dist
-from pathlib import Path
-torch.set_num_threads(1)
-from trainables.config import parse
-from trainables.fit import fit
-from safetensors.torch import save_file
-rank, out = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
-trial, reports = fit(parse(json.loads(sys.stdin.read()))), []
-for report in trial:
-    reports.append(report.to_json())
-    model = trial.gi_frame.f_locals["session"].model
-save_file({n: v.contiguous().clone() for n, v in model.state_dict().items()}, out / f"rank{rank}.safetensors")
-dist.barrier()
-dist.destroy_process_group()
-print(json.dumps(reports))
-"""
-
-
-@pytest.mark.parametrize(("widths", "tolerance"), [("32", 1e-4), ("8,4", 0.5)])
-def test_the_joint_steps_of_two_ranks_are_those_of_one(widths, tolerance, tmp_path):
-    """Two steps of a network with batch norm: losses, weights and statistics."""
-    config = configured(training__epochs=1, data__train_limit=64, method__extra_widths="3", method__widths=widths)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(config.tree()))
-        process.stdin.close()
-        process.stdin = None
-    answers = [json.loads(process.communicate(timeout=180)[0]) for process in ranks]
-    states = [checkpoint.read(tmp_path / f"rank{rank}.safetensors")[0] for rank in range(2)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert [p["accuracy"] for p in answers[0][0]["points"]] == [p["accuracy"] for p in answers[1][0]["points"]]
-    (alone,) = fit(config, folder=tmp_path / "alone")
-    mine, _ = checkpoint.read(tmp_path / "alone" / checkpoint.FILE)
-    initial = Session(config).model.state_dict()
-    assert answers[0][0]["train_loss"] == pytest.approx(alone.train_loss, rel=0.02 * tolerance)
-    for name, value in states[0].items():
-        if value.is_floating_point():  # sums in another order flip a rounding now and then
-            other = mine[f"model/{name}"]
-            apart, moved = (value - other).norm(), (other - initial[name]).norm()
-            assert float(apart) <= tolerance * float(moved), name

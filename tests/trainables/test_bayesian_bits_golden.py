@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tests.golden_vectors import Arrays, cases, index
 from trainables import modules
 from trainables.config import Optimizer
-from trainables.fit import training_step
 from trainables.methods import _gated_norm as gated_norm
 from trainables.methods._gated_rounding import LEVELS
 from trainables.methods._gates import (
@@ -32,6 +31,7 @@ from trainables.methods._gates import (
 )
 from trainables.methods.bayesian_bits import Method, quantize_output
 from trainables.optimizers import Optimizers
+from trainables.step import training_step
 
 METHOD = "bayesian_bits"
 Settings = dict[str, Any]

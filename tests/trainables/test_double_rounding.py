@@ -216,17 +216,16 @@ def test_a_shortened_step_is_that_of_a_lower_learning_rate(kind):
     torch.testing.assert_close(*found)
 
 
-def test_a_step_that_is_measured_clips_gradients_and_lets_go_of_its_hooks():
+@pytest.mark.parametrize(("clipped", "gradient", "mean"), [(True, 1.0, 1.0), (False, 5.0, 0.0)])
+def test_a_step_that_is_measured_clips_gradients(clipped, gradient, mean):
     scale = nn.Parameter(torch.tensor(1.0))
-    step = ShortenedStep([[scale]], clipped=True)
+    step = ShortenedStep([[scale]], clipped=clipped)
     (5 * scale).backward()
-    assert float(scale.grad) == 1.0
+    step.clip()
+    assert float(scale.grad) == gradient
     seen = []
     step.finish(lambda mean: seen.append(mean) or [1.0])
-    assert seen == [1.0]
-    scale.grad = None
-    (5 * scale).backward()
-    assert float(scale.grad) == 5.0
+    assert seen == [mean]
 
 
 def test_the_roulette_returns_the_ends_for_the_ends():

@@ -23,7 +23,6 @@ from trainables import modules, sensitivity
 from trainables.config import Optimizer
 from trainables.cost import Layer
 from trainables.curvature import Traces, hessian_traces, hutchinson
-from trainables.fit import training_step
 from trainables.methods._adaptive_rates import alrs_rate, eta, mean_gradient
 from trainables.methods._bit_switching import (
     layer_widths,
@@ -39,6 +38,7 @@ from trainables.methods._switched_quantizers import CodedWeight, ScaledInput
 from trainables.methods.double_rounding import Method, distillation_weight, soft_targets
 from trainables.optimizers import Optimizers
 from trainables.quantize import codes
+from trainables.step import training_step
 
 METHOD = "double_rounding"
 REFERENCE_ONLY = re.compile(r"gs_alt_hbit_\d+|lam_literal_\d+|variance_layerwise_theory")

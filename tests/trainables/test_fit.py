@@ -1,7 +1,6 @@
 """Training on real digits: reproducible, resumable, alone or on two ranks; and the float start that trials share."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainables import checkpoint
+from trainables import checkpoint, modules, plugins
 from trainables.config import TrialConfig, merged, parse
 from trainables.errors import ConfigError, DivergedError
 from trainables.fit import Report, Session, evaluate, fit
@@ -386,98 +385,43 @@ def test_a_start_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two ranks
-
-RANK = """
-import json, os, sys, torch
-import torch.distributed as dist
-from pathlib import Path
-torch.set_num_threads(1)
-from safetensors.torch import save_file
-from trainables.config import parse
-from trainables.fit import fit
-from trainables.start import float_start
-rank, out = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
-answers = []
-for number, tree in enumerate(json.loads(sys.stdin.read())):
-    config = parse(tree)
-    folder = out / f"trial{number}"
-    start = float_start(config, out / "starts")
-    trial, reports = fit(config, start=start, folder=folder), []
-    for report in trial:
-        reports.append(report.to_json())
-        model = trial.gi_frame.f_locals["session"].model  # only rank 0 writes a checkpoint
-    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
-    save_file(state, out / f"rank{rank}-trial{number}.safetensors")
-    answers.append(reports)
-dist.barrier()
-dist.destroy_process_group()
-print(json.dumps(answers))
-"""
+# Parts, precision, sharing
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TrialConfig], Path, list[Any]]:
-    """One training of each method by two processes; its configurations, its folder, and what each rank reported."""
-    out = tmp_path_factory.mktemp("ranks")
-    configs = [configured(method=method, training__epochs=2) for method in QUANTIZING]
-    configs.append(configured(model=MODELS["resnet20"], training__epochs=2, data__augment="crop-flip"))
-    trees = json.dumps([config.tree() for config in configs])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(out)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        assert process.stdin is not None
-        process.stdin.write(trees)
-        process.stdin.close()
-        process.stdin = None
-    answers = [json.loads(process.communicate(timeout=180)[0]) for process in ranks]
-    return configs, out, answers
+def test_a_batch_in_parts_trains_to_the_losses_of_the_whole_batch():
+    whole, parts = (outcomes(configured(training__accumulate=parts)) for parts in (1, 4))
+    for a, b in zip(whole, parts, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["points"][0]["loss"] == pytest.approx(b["points"][0]["loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("number", range(len(QUANTIZING)), ids=QUANTIZING)
-def test_two_ranks_train_to_the_losses_and_weights_of_one(two_ranks, number, tmp_path):
-    """Without batch norm, whose statistics are those of each rank's share."""
-    configs, out, answers = two_ranks
-    start = float_start(configs[number], tmp_path)
-    assert start is not None
-    torch.testing.assert_close(
-        checkpoint.read(start)[0], checkpoint.read(out / "starts" / start.name)[0], rtol=1e-3, atol=1e-5
-    )
-    alone = outcomes(configs[number], start=out / "starts" / start.name, folder=tmp_path / "alone")
-    for one, two in zip(alone, answers[0][number], strict=True):
-        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-        assert two["points"][0]["loss"] == pytest.approx(one["points"][0]["loss"], rel=1e-3)
-        assert two["points"][0]["accuracy"] == pytest.approx(one["points"][0]["accuracy"], abs=0.011)
-    mine, theirs, initial = weights(tmp_path / "alone"), weights(out / f"trial{number}"), checkpoint.read(start)[0]
-    for name in mine:
-        if name in initial:  # a sum in another order flips a rounding now and then, which training carries on
-            apart, moved = (mine[name] - theirs[name]).norm(), (mine[name] - initial[name]).norm()
-            assert float(apart) < 0.2 * float(moved), name
-        elif name.startswith("model/"):  # scales and clip levels
-            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=0, msg=lambda t, n=name: f"{n}: {t}")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", plugins.describe("trainables.methods"))
+def test_bfloat16_trains_to_nearly_the_losses_of_float32_and_keeps_weights_in_float32(method, model, tmp_path):
+    values = {"method": method, "model": MODELS[model], "training__epochs": 1, "data__train_limit": 64}
+    wide = outcomes(configured(**values))
+    narrow = outcomes(configured(**values, training__precision="bfloat16"), folder=tmp_path)
+    assert narrow != wide
+    assert narrow[0]["train_loss"] == pytest.approx(wide[0]["train_loss"], rel=0.05)
+    assert {value.dtype for value in weights(tmp_path).values()} <= {torch.float32, torch.int64, torch.uint8}
 
 
-@pytest.mark.parametrize("number", range(4), ids=[*QUANTIZING, "lsq with batch norm"])
-def test_ranks_end_with_equal_weights_and_reports(two_ranks, number):
-    from safetensors.torch import load_file
-
-    _, out, answers = two_ranks
-    states = [load_file(out / f"rank{rank}-trial{number}.safetensors") for rank in range(2)]
-    counts = [name for name in states[0] if "num_batches_tracked" in name]
-    assert_same_tensors(*states)
-    assert len(counts) == (9 if number == 3 else 0)
-    reports = [[outcome(Report.from_json(tree)) for tree in answers[rank][number]] for rank in range(2)]
-    assert reports[0] == reports[1]
+def test_quantizers_compute_in_float32_under_bfloat16():
+    session = Session(configured(training__precision="bfloat16"))
+    session.calibrate()
+    seen = {}
+    for name, layer in modules.quantized_layers(session.model):
+        for role in ("weight_quantizer", "input_quantizer"):
+            quantizer = getattr(layer, role)
+            if quantizer is not None:
+                place = f"{name}.{role}"
+                quantizer.register_forward_hook(lambda _, args, y, place=place: seen.update({place: y.dtype}))
+        layer.register_forward_hook(lambda _, args, y, place=name: seen.update({place: y.dtype}))
+    images, _ = next(session.batches(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert session.model(images).dtype == torch.float32
+    assert {dtype for place, dtype in seen.items() if "quantizer" in place} == {torch.float32}
+    assert {dtype for place, dtype in seen.items() if "quantizer" not in place} == {torch.bfloat16}
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():

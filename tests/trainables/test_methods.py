@@ -18,11 +18,11 @@ from trainables import checkpoint, modules, plugins
 from trainables.build import build_model
 from trainables.config import Optimizer, parse, settings_of
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable, bops, size_bytes, uniform
-from trainables.fit import training_step
 from trainables.layers import trace
 from trainables.method import Method, is_quantizer_parameter
 from trainables.methods.lsq import LearnedScale
 from trainables.optimizers import Optimizers
+from trainables.step import training_step
 
 METHODS = list(plugins.describe("trainables.methods"))
 QUANTIZING = [name for name in METHODS if name != "float"]

@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainables import world
-
 Rule = Literal["eta", "geometric", "scaled", "off"]
 
 
@@ -61,26 +59,25 @@ class ShortenedStep:
 
     Args:
         layers: the scales that are about to be trained, layer by layer.
-        clipped: clip their gradients to -1..1, on every rank before they are averaged, and measure them.
+        clipped: clip their gradients to -1..1 before the step, and measure them.
     """
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]], *, clipped: bool) -> None:
         self.layers = layers
         self.before = [[scale.detach().clone() for scale in layer] for layer in layers]
-        self.largest: dict[nn.Parameter, Tensor] = {}
-        scales = [scale for layer in layers for scale in layer] if clipped else []
-        self.hooks = [scale.register_post_accumulate_grad_hook(self._clip) for scale in scales]
+        self.clipped = clipped
+        self.gradient = 0.0
 
-    def _clip(self, scale: nn.Parameter) -> None:
-        assert scale.grad is not None
-        self.largest[scale] = scale.grad.clamp_(-1, 1).abs().amax()
-
-    def gradient(self) -> float:
-        """`mean_gradient` of the step, over all ranks; 0 unless `clipped`."""
-        if not self.largest:
-            return 0.0
-        layers = [torch.stack([self.largest[scale] for scale in layer]).amax() for layer in self.layers]
-        return float(world.mean(mean_gradient(torch.stack(layers)[:, None])))
+    @torch.no_grad()
+    def clip(self) -> None:
+        """Clip the gradients, and measure their `mean_gradient`."""
+        if not self.clipped:
+            return
+        largest = []
+        for layer in self.layers:
+            gradients = [scale.grad for scale in layer if scale.grad is not None]
+            largest.append(torch.stack([gradient.clamp_(-1, 1).abs().amax() for gradient in gradients]).amax())
+        self.gradient = float(mean_gradient(torch.stack(largest)[:, None]))
 
     @torch.no_grad()
     def finish(self, rates: Callable[[float], Sequence[float]]) -> None:
@@ -89,8 +86,6 @@ class ShortenedStep:
         Args:
             rates: what each layer's step is multiplied by, from the mean gradient.
         """
-        for hook in self.hooks:
-            hook.remove()
-        for rate, layer, starts in zip(rates(self.gradient()), self.layers, self.before, strict=True):
+        for rate, layer, starts in zip(rates(self.gradient), self.layers, self.before, strict=True):
             for scale, start in zip(layer, starts, strict=True):
                 scale.copy_(start + (scale - start) * rate)

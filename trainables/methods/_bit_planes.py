@@ -94,7 +94,7 @@ class BitPlanes(Quantizer):
         return x
 
     def _signs(self, planes: int) -> Tensor:
-        return signed_place_values(planes, self.scale.device)
+        return signed_place_values(planes, self.scale.device).to(self.scale.dtype)
 
     def _rows(self, planes: int) -> Tensor:
         """The planes in use, as a matrix (2 x planes, elements)."""

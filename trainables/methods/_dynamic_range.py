@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from trainables import world
 from trainables.cost import FLOAT_BITS
 from trainables.methods._lean_layers import (
     PIECE,
@@ -143,6 +144,8 @@ class DynamicRange(Quantizer):
     def _range(self, x: Tensor) -> tuple[Tensor, bool]:
         """The largest magnitude to round on, and whether it is known that the clip leaves all of `x` alone."""
         low, high = x.amin(), x.amax()  # two passes: `aminmax` is slower than both
+        if self.training and world.size() > 1:
+            low, high = world.largest(torch.stack([-low, high])).mul(self.q_max.new_tensor([-1, 1]))
         if self.signed:
             largest, untouched = torch.maximum(-low, high), True
         else:
@@ -189,7 +192,7 @@ class CodedConv2d(QuantizedConv2d):
         reads = self.input_quantizer
         if not (isinstance(reads, DynamicRange) and torch.is_grad_enabled() and by_number(x)):
             return super().forward(x)
-        if reads.signed or float(reads.q_max) > MOST_CODES:
+        if reads.signed or float(reads.q_max) > MOST_CODES or x.dtype != self.weight.dtype:
             return super().forward(x)
         values, packed, found = reads.encode(dense(x), keep=True)
         address, layout, like = values.data_ptr(), (values.shape, values.stride()), reads.q_max

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables.modules import QuantizedConv2d, QuantizedLayer, QuantizedLinear, Quantizer
+from trainables.shared_norm import batch_norm, moments
 
 Norm = TypeVar("Norm", bound="TrackedNorm")
 
@@ -68,7 +69,7 @@ class GatedNorm(TrackedNorm):
         scale = self.weight * self.layer[0].weight_quantizer.channel_gates()  # type: ignore[operator]
         if self.training:
             self.num_batches_tracked.add_(1)
-        return functional.batch_norm(
+        return batch_norm(
             x, self.running_mean, self.running_var, scale, self.bias, self.training, self.momentum, self.eps
         )
 
@@ -120,21 +121,20 @@ class _Folded(nn.Module):
             return self._multiply(x, weight, norm.bias - norm.weight * norm.running_mean / sigma)
         y = self._multiply(x, weight, None)
         raw = self._multiply(x, self.weight, None)
-        dims = [dim for dim in range(raw.dim()) if dim != 1]
-        variance, mean = torch.var_mean(raw, dims, correction=0)
+        mean, variance, counts = moments(raw.to(self.weight.dtype))
         batch_sigma = torch.sqrt(variance + norm.eps)
-        self._track(mean.detach(), variance.detach(), raw.numel() // raw.shape[1])
+        self._track(mean.detach(), variance.detach(), counts)
         per_channel = (1, -1, *[1] * (raw.dim() - 2))
         shift = norm.bias - norm.weight * mean / batch_sigma
         return y * (sigma / batch_sigma).view(per_channel) + shift.view(per_channel)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _track(self, mean: Tensor, variance: Tensor, counts: Tensor) -> None:
         """Update the running statistics, as batch norm does."""
         norm = self.norm[0]
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * (count / max(1, count - 1)), norm.momentum)
+        norm.running_var.lerp_(variance * (counts / (counts - 1).clamp_min(1)), norm.momentum)
 
     @torch.no_grad()
     def fold(self) -> None:

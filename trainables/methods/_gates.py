@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainables import modules, world
+from trainables import modules
 from trainables.cost import FLOAT_BITS
 from trainables.methods._gated_rounding import LEVELS, gated_quantize
 from trainables.quantize import SMALLEST_SCALE
@@ -123,10 +123,10 @@ class GatedQuantizer(modules.Quantizer):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, *, magnitude: bool = True) -> None:
-        """Start the range at the largest magnitude, or at the largest value as published; mean over all ranks."""
+        """Start the range at the largest magnitude, or at the largest value as published."""
         largest = x.abs().max() if magnitude else x.max()
         largest = torch.where(largest > 0, largest, x.abs().max())
-        self.clip_max.copy_(world.mean(largest).clamp_min(SMALLEST_SCALE))
+        self.clip_max.copy_(largest.clamp_min(SMALLEST_SCALE))
         self.clip_floor.copy_(self.clip_max * RANGE_FLOOR)
 
     def _draw(self, logits: Tensor) -> Tensor:

@@ -2,20 +2,16 @@
 
 The sets are rows of stacked parameters and buffers, and the row in use is data, so one graph serves all widths. A state
 without rows, such as that of the float network, loads into every row; one with fewer rows loads into the first ones.
-
-With several ranks the statistics are those of the batch of all of them: a joint step of two ranks is that of one.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainables import world
 from trainables.quantize import _by_number
+from trainables.shared_norm import batch_norm
 
 
 class SwitchableNorm(_BatchNorm):
@@ -75,9 +71,7 @@ class SwitchableNorm(_BatchNorm):
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 1 / float(self.num_batches_tracked[row])
-        if self.training and world.size() > 1:
-            return _SharedNorm.apply(x, mean, var, weight, bias, momentum, self.eps)
-        return functional.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
+        return batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
 
     def adopt(self, row: int, source: int) -> None:
         """Start the set `row` from the values of the set `source`."""
@@ -115,37 +109,6 @@ def load_rows(module: nn.Module, state_dict: dict[str, Any], prefix: str, names:
             state_dict[key] = given.expand_as(own)
         elif given.shape[1:] == own.shape[1:] and len(given) < len(own):
             state_dict[key] = torch.cat([given, own.detach()[len(given) :].to(given)])
-
-
-class _SharedNorm(torch.autograd.Function):
-    """Batch norm over the batches of all ranks, which have the same size."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, momentum: float, eps: float
-    ) -> Tensor:
-        ctx.over = [dim for dim in range(x.dim()) if dim != 1]
-        ctx.shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-        var_here, mean_here = torch.var_mean(x, ctx.over, correction=0)
-        first, second = world.mean(torch.stack([mean_here, var_here + mean_here.square()]))
-        spread = (second - first.square()).clamp_min(0)
-        count = x.numel() // x.shape[1] * world.size()
-        mean.lerp_(first, momentum)
-        var.lerp_(spread * (count / max(1, count - 1)), momentum)
-        inverse = torch.rsqrt(spread + eps)
-        normal = (x - first.view(ctx.shape)) * inverse.view(ctx.shape)
-        ctx.save_for_backward(normal, weight, inverse)
-        return normal * weight.view(ctx.shape) + bias.view(ctx.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        normal, weight, inverse = ctx.saved_tensors
-        grad_weight, grad_bias = (g * normal).sum(ctx.over), g.sum(ctx.over)
-        means = world.mean(torch.stack([grad_weight, grad_bias])) / (g.numel() // g.shape[1])
-        along, level = (row.view(ctx.shape) for row in means)
-        grad = (g - level - normal * along) * (weight * inverse).view(ctx.shape)
-        return grad, None, None, grad_weight, grad_bias, None, None
 
 
 def switchable_norms(model: nn.Module) -> list[SwitchableNorm]:

@@ -180,7 +180,7 @@ class ScaledInput(_Switched):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Start the current width's scale from the first tensor seen; over all ranks when each sees a share."""
+        """Start the current width's scale from the first tensor seen."""
         if self.init == "spread":
             flat = x.flatten()
             k = round(PERCENTILE * flat.numel())
@@ -188,7 +188,7 @@ class ScaledInput(_Switched):
             start = torch.maximum(high, -low) / self.q_max if self.signed else (high - low) / self.q_max
         else:
             start = 2 * x.abs().mean() / self.q_max.sqrt()
-        self.scale.copy_(world.mean(start).clamp_min(SMALLEST_SCALE))
+        self.scale.copy_(start.clamp_min(SMALLEST_SCALE))
         self.scale_floor[self.widths.index(self.width)] = self.scale * SCALE_FLOOR
 
     def encoding(self, x: Tensor | None = None) -> Encoding:
@@ -201,7 +201,7 @@ class ScaledInput(_Switched):
         if self.gradient == "chain":
             factor = torch.rsqrt(self.q_max * (x.numel() // len(x)))
             return fake_quantize(x, self.scale, self.q_min, self.q_max, factor)
-        factor = torch.rsqrt(self.q_max * (x.numel() * world.size()))
+        factor = torch.rsqrt(self.q_max * (x.numel() / world.share()))
         return round_once(x, self.scale, self.q_min, self.q_max, factor)
 
 

@@ -317,6 +317,11 @@ class Method(Base):
             for width in self._widths
         ]
 
+    def before_step(self, model: nn.Module) -> None:
+        """Clip the gradients of the scales, if their rates depend on them."""
+        if self._step is not None:
+            self._step.clip()
+
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """Shorten the step that the scales made, then keep all of them above their floors."""
@@ -337,9 +342,10 @@ class Method(Base):
         found = sensitivity.hessian_traces(
             model, [(images, labels)], layers=[name for name, _, _ in layers], probes=self.settings.probes
         ).average
-        traces = world.mean(torch.tensor([found[name] for name, _, _ in layers], device=images.device))
+        rows = torch.tensor([*(found[name] for name, _, _ in layers), 1.0], device=images.device) * world.share()
+        *traces, shares = world.total(rows)  # a rank may see more of the batch than another
         for (_, weights, _), trace in zip(layers, traces, strict=True):
-            weights.trace.copy_(trace)
+            weights.trace.copy_(trace / shares)
 
     def _mix(self, model: nn.Module, outer: int, rate: float) -> None:
         """Draw a width for every layer; layers that read the same tensor share one."""

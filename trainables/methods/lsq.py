@@ -50,17 +50,15 @@ class LearnedScale(modules.Quantizer):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Start the scale at `2 * mean |x| / sqrt(q_max)`; over all ranks when each sees a share."""
+        """Start the scale at `2 * mean |x| / sqrt(q_max)`."""
         size = x.abs()
         average = size.mean() if self.scale.dim() == 0 else size.flatten(1).mean(dim=1)
-        if not self.shared:
-            average = world.mean(average)
         self.scale.copy_((2 * average / self.q_max.sqrt()).clamp_min(SMALLEST_SCALE))
         self.scale_floor.copy_(self.scale * SCALE_FLOOR)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x`, any shape; channels first when there are several scales."""
-        elements = x.numel() * (1 if self.shared else world.size())
+        elements = x.numel() / (1 if self.shared else world.share())
         factor = torch.rsqrt(self.q_max * elements)
         return fake_quantize(x, self._scale_like(x), self.q_min, self.q_max, factor)
 

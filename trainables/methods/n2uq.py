@@ -43,7 +43,7 @@ from torchvision.models import MobileNetV2
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from trainables import modules, world
+from trainables import modules
 from trainables.cost import Bits, Layer, LayerTable
 from trainables.errors import ConfigError, PluginError
 from trainables.method import Method as Base
@@ -136,7 +136,7 @@ class LearnedThresholds(modules.Quantizer):
     def calibrate(self, x: Tensor) -> None:
         """With `from_batch`, let the range be `2 * mean |x| * sqrt(q_max)` (as `pact`) instead of 2."""
         if self.from_batch:
-            reach = 2 * world.mean(self._read(x).relu().mean()) * self.q_max.sqrt()
+            reach = 2 * self._read(x).relu().mean() * self.q_max.sqrt()
             self.output_scale.copy_((reach / OUTPUT_RANGE).clamp_min(SMALLEST_SCALE))
             self.input_scale.copy_(1 / self.output_scale)
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainables import modules, world
+from trainables import modules
 from trainables.cost import Layer
 from trainables.encoding import Encoding
 from trainables.method import Method as Base
@@ -45,7 +45,7 @@ class LearnedClip(modules.Quantizer):
     def calibrate(self, x: Tensor) -> None:
         """Start the bound from the first batch, unless it has a number."""
         if self.from_batch:
-            bound = 2 * world.mean(x.abs().mean()) * self.q_max.sqrt()
+            bound = 2 * x.abs().mean() * self.q_max.sqrt()
             self.clip_max.copy_(bound.clamp_min(SMALLEST_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainables import modules, world
+from trainables import modules
 from trainables.cost import FLOAT_BITS, Bits, Layer, LayerTable
 from trainables.method import Method as Base
 from trainables.method import read_bits, split_parameters
@@ -154,7 +154,7 @@ class SatClip(UnitQuantizer):
         """Start the bound at LSQ's range of the first batch, `2 * mean |x| * sqrt(q_max)`, unless it has a number."""
         if self.from_batch:
             codes = self.q_max.clamp_max(255) / (2 if self.signed else 1)
-            self.start((2 * world.mean(x.abs().mean()) * codes.sqrt()).clamp_min(SMALLEST_SCALE))
+            self.start((2 * x.abs().mean() * codes.sqrt()).clamp_min(SMALLEST_SCALE))
 
     def start(self, bound: Tensor) -> None:
         """Set the bound in use."""
