@@ -26,11 +26,7 @@ class Memory:
     def like(self, x: Tensor) -> Tensor:
         """An unset tensor with the shape, layout, type and device of `x`."""
         block = self._block
-        if (
-            block is None
-            or _held(block)
-            or (block.shape, block.stride(), block.dtype) != (x.shape, x.stride(), x.dtype)
-        ):
+        if block is None or _held(block) or not _alike(block, x):
             block = self._block = torch.empty_like(x)
         return block.data  # by `.data` the next result is no change of this one
 

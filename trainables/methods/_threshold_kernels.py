@@ -5,9 +5,12 @@ gradients of the paper in closed form, as in `quantize`.
 
 The ends and the middles ("boundaries") of the N segments are sorted, so one number for each element, how many
 boundaries lie below it, says both its code and its segment. On a CPU a table finds it: the range is cut into cells so
-narrow that none holds two boundaries, and one comparison within the cell decides. It is exact, because the cell of a
-boundary is computed as that of an element, and rounding keeps the order of both. In the backward pass the gradients of
-thresholds and scales follow from two sums over each segment. Elsewhere the straight formulas run, with a binary search.
+narrow that none holds two boundaries, and each element gets its place, a number whose whole part is its cell. What the
+table holds for the cell is added; the whole part is then the number of boundaries below, for it goes up by one where
+the cell's boundary is passed. No sum rounds across it, and an element on a boundary has the boundary's place, so it
+stays below; one less than a rounding error (1e-7 of the range in single precision) above may do so too. In the backward
+pass the gradients of thresholds and scales follow from two sums over each segment. Elsewhere the straight formulas run,
+with a binary search.
 """
 
 import functools
@@ -134,13 +137,13 @@ class Lookup:
 
     Attributes:
         boundaries: (2N + 1 or more), those beyond are infinite.
-        cells: the boundary in each cell (else infinity), how many lie before it, cells in a unit; None: too many cells.
+        cells: what the table holds for each cell, where the first one begins, cells in a unit; None: too many cells.
         input_scale, level: factor on x, and the value of code 1.
         slopes: of the line, for x, by number of boundaries below, in each lane; (LANES x (2N + 2 or more)).
     """
 
     boundaries: Tensor
-    cells: tuple[Tensor, Tensor, float] | None
+    cells: tuple[Tensor, float, float] | None
     input_scale: float
     level: float
     slopes: Tensor
@@ -208,44 +211,41 @@ class _Segments:
         return -up_to[:, -1], widths, (self.slopes * segment_x).sum(1), output_scale
 
 
-def _cell_tables(boundaries: np.ndarray, used: np.ndarray) -> list[tuple[Tensor, Tensor, float] | None]:
+def _cell_tables(boundaries: np.ndarray, used: np.ndarray) -> list[tuple[Tensor, float, float] | None]:
     """`Lookup.cells` of each row of boundaries; `used` says which but the first are no padding, which is the last."""
     with np.errstate(invalid="ignore", over="ignore"):  # parameters may be no numbers
-        offsets = boundaries - boundaries[:, :1]
         gaps = np.where(used, np.diff(boundaries), np.inf).min(axis=1, keepdims=True)
         per_unit = (1 / np.maximum(gaps, TINY)).astype(boundaries.dtype)
         for _ in range(2):  # at the first try rounding may put two boundaries into one cell
             # Subtracting, then multiplying rounds alike here and in the kernels, which keeps the order.
-            cells = (offsets * per_unit).astype(np.int32)
-            apart = ((np.diff(cells) > 0) | ~used).all(axis=1) & (offsets[:, -1] * per_unit[:, 0] <= MOST_CELLS)
-            per_unit[~apart] *= 2
+            origin = boundaries[:, :1] - 1 / per_unit
+            places = (boundaries - origin) * per_unit
+            cells = places.astype(np.int32)
+            apart = ((np.diff(cells) > 0) | ~used).all(axis=1) & (places[:, -1] <= MOST_CELLS)
+            per_unit = np.where(apart[:, None], per_unit, 2 * per_unit)
     sizes = np.where(apart, cells[:, -1] + 2, 0)
     first = sizes.cumsum() - sizes
     real = np.concatenate([apart[:, None], used & apart[:, None]], axis=1)
-    places = (cells + first[:, None])[real]
-    within = np.full(sizes.sum(), np.inf, boundaries.dtype)
-    within[places] = boundaries[real]
-    before = np.zeros(len(within) + 1, boundaries.dtype)
-    before[places + 1] = 1
+    at = (cells + first[:, None])[real]
+    before = np.zeros(sizes.sum() + 1, boundaries.dtype)
+    before[at + 1] = 1
     before = before.cumsum()
     before = before[:-1] - before[first].repeat(sizes)
-    parts = (torch.from_numpy(array).split(sizes.tolist()) for array in (within, before))
-    rows = zip(*parts, per_unit[:, 0].tolist(), strict=True)
+    table = before - (np.arange(len(before)) - first.repeat(sizes))
+    table[at] = before[at] + 1 - np.nextafter(places[real], np.inf, dtype=boundaries.dtype)
+    tables = torch.from_numpy(table.astype(boundaries.dtype)).split(sizes.tolist())
+    rows = zip(tables, origin[:, 0].tolist(), per_unit[:, 0].tolist(), strict=True)
     return [row if found else None for row, found in zip(rows, apart, strict=True)]
 
 
 def _look_up(x: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
     """The quantized flat `x`, and the number of boundaries below each element."""
-    if lookup.cells is not None and math.isfinite(float(x.sum())):  # NaN has no cell
-        within, before, per_unit = lookup.cells
-        z = x * lookup.input_scale
-        place = z.sub(float(lookup.boundaries[0])).mul_(per_unit).clamp_(0, len(within) - 1)
-        cell = place.to(torch.int32)
-        above = torch.index_select(within, 0, cell, out=place)  # memory just written is in the cache
-        torch.sub(z, above, out=above).gt_(0)
-        below = torch.index_select(before, 0, cell, out=z).add_(above)
-        return torch.mul(below, 0.5, out=place).floor_().mul_(lookup.level), below.to(torch.int16)
     z = x * lookup.input_scale
+    if lookup.cells is not None and math.isfinite(float(x.sum())):  # NaN has no cell
+        table, origin, per_unit = lookup.cells
+        place = z.sub_(origin).mul_(per_unit).clamp_(0, len(table) - 1)
+        below = torch.index_select(table, 0, place.to(torch.int32)).add_(place)  # and a fraction
+        return torch.mul(below, 0.5, out=place).floor_().mul_(lookup.level), below.to(torch.int16)
     missing = z.isnan()
     below = torch.bucketize(z, lookup.boundaries, out_int32=True).masked_fill_(missing, 0)
     return torch.where(missing, z, (below >> 1).to(z.dtype) * lookup.level), below.to(torch.int16)
