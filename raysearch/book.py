@@ -11,21 +11,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 from optuna.trial import TrialState
 
 from analysis.front import Front
-from analysis.pareto import non_dominated
-from analysis.rows import OBJECTIVES
+from raysearch.keep import Keeper
 from raysearch.ledger import Ledger, Proposal
 from raysearch.records import SCHEMA, Log, RunFolder, complete_trials
-from trainables import checkpoint
 from trainables.cost import size_bytes
 
 Listener = Callable[["Book"], None]
 METRICS = ("accuracy", "loss", "bops", "relative_bops", "size_bytes")
-PICKED = ("accuracy", "bops", "size_bytes")
-"""What picking prefers, the first two, and what it may limit besides; relative BOPs go with BOPs."""
 
 
 @dataclass
@@ -64,6 +59,7 @@ class Book:
         self._epochs_known = _known_epochs(folder)
         self._records, self._epochs = Log(folder.records), Log(folder.epochs)
         self.float_size_bytes = size_bytes(ledger.resolved.table, {}, extra_floats=0)
+        self._keeper = Keeper(folder, self.sweep.objectives, self.rows, self.sweep.max_checkpoint_bytes)
         self._reconcile()
 
     def _reconcile(self) -> None:
@@ -112,7 +108,7 @@ class Book:
         if self.first_end_s is None:
             self.first_end_s = time.monotonic() - self.opened_at
         self._tell(number)
-        self._drop_checkpoints(number)
+        self._keeper.ended(number, rows)
         self._listener(self)
 
     def front(self) -> Front:
@@ -181,18 +177,6 @@ class Book:
         points = [[float(row[name]) for name in names] for row in rows]
         self.ledger.tell(number, state[status], points, rows[0]["reason"] or "")
 
-    def _drop_checkpoints(self, number: int) -> None:
-        """Keep only the checkpoints of the front: this trial may have pushed others off it, or never been on it.
-
-        Picking under a limit makes what it limits an objective, so what could then be picked is kept, too.
-        """
-        complete = [row for row in self.rows if row["status"] == "complete"]
-        names = list(self.sweep.objectives)
-        fronts = {tuple(names), tuple(dict.fromkeys([*names, *PICKED[:2]])), tuple(dict.fromkeys([*names, *PICKED]))}
-        kept = {trial for front in fronts for trial in _front_trials(complete, front)}
-        for other in ({row["trial"] for row in complete} | {number}) - kept:
-            (self.folder.trial(other) / checkpoint.FILE).unlink(missing_ok=True)
-
 
 def _written(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as JSON has them: what is no finite number becomes None."""
@@ -205,13 +189,6 @@ def _fault(live: Live) -> str | None:
         return "it ended without a report"
     broken = [f"{k} is {point[k]}" for point in live.points for k in METRICS if not math.isfinite(point[k])]
     return f"{broken[0]} after epoch {live.history[-1]['epoch']}" if broken else None
-
-
-def _front_trials(complete: list[dict[str, Any]], names: tuple[str, ...]) -> set[int]:
-    """Trials with a point on the front of these objectives."""
-    signs = [-1 if OBJECTIVES[name] == "max" else 1 for name in names]
-    values = np.array([[row[name] for name in names] for row in complete], dtype=float).reshape(-1, len(names)) * signs
-    return {row["trial"] for row, on_front in zip(complete, non_dominated(values), strict=True) if on_front}
 
 
 def _known_epochs(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:

@@ -35,6 +35,13 @@ def overview(path: Path, *, busy: bool) -> str:
     epochs = result.description["sweep"]["epochs"]
     lines += [f"  trial {trial}: epoch {epoch}/{epochs}" for trial, epoch in sorted(running.items())]
     lines += [f"  trial {row['trial']} {row['status']}: {row['reason']}" for row in rows if row["status"] == "failed"]
+    count, size = result.folder.checkpoints()
+    if count:
+        from analysis.front import human_bytes
+
+        most = result.description["sweep"].get("max_checkpoint_bytes")
+        limit = "" if most is None else f" of {human_bytes(most)} at most"
+        lines.append(f"  checkpoints: {count}, {human_bytes(size)}{limit}")
     if state == "finished" and len(ended) < trials:
         lines.append(f"  the space and its limits leave {len(ended)} configurations; all were tried")
     if counts["complete"]:

@@ -78,9 +78,19 @@ class RunFolder:
         """Held by the driver while it runs."""
         return self.path / ".lock"
 
+    @property
+    def trials(self) -> Path:
+        """Folders of the trials."""
+        return self.path / "trials"
+
     def trial(self, number: int) -> Path:
         """Folder of one trial."""
-        return self.path / "trials" / f"{number:05d}"
+        return self.trials / f"{number:05d}"
+
+    def checkpoints(self) -> tuple[int, int]:
+        """How many trials have checkpoints, and how many bytes they take on disk."""
+        files = list(self.trials.glob("*/checkpoint.*"))
+        return len({file.parent for file in files}), sum(file.stat().st_size for file in files)
 
     def read_sweep(self) -> dict[str, Any]:
         """The resolved sweep.

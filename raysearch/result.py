@@ -196,8 +196,8 @@ def _session(result: Result, trial: int, point: str) -> "Session":
     path = result.folder.trial(trial) / checkpoint.FILE
     if not path.exists():
         raise RecordError(
-            f"trial {trial} has no checkpoint in {result.path}: only those of the front are kept "
-            "(`raysearch pick --no-test` needs none)"
+            f"trial {trial} has no checkpoint in {result.path}: only those of the front are kept, "
+            "within --max-checkpoint-bytes (`raysearch pick --no-test` needs none)"
         )
     root = result.description["sweep"]["data_root"]
     session = Session(parse(record["config"]), data_root=None if root is None else Path(root))

@@ -61,6 +61,9 @@ class Sweep:
     max_bops: Annotated[float | None, "never train a configuration over so many BOPs"] = None
     max_relative_bops: Annotated[float | None, "never train one over this share of the 32x32-bit BOPs, 0..1"] = None
     max_size_bytes: Annotated[float | None, "never train one over so many bytes"] = None
+    max_checkpoint_bytes: Annotated[
+        float | None, "disk for the checkpoints of ended trials; the least accurate of the front go first"
+    ] = None
     mlflow_uri: Annotated[str | None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder"] = None
     settings: Annotated[
         dict[str, Any], "settings of every trial by address: optimizer/lr, training/batch_size, ..."
@@ -235,6 +238,7 @@ def _check_values(sweep: Sweep) -> None:
         ("max_bops", sys.float_info.max, "a number >= 0"),
         ("max_relative_bops", 1, "a share of the 32x32-bit BOPs, 0..1"),
         ("max_size_bytes", sys.float_info.max, "a number >= 0"),
+        ("max_checkpoint_bytes", sys.float_info.max, "a number >= 0"),
         ("gpus_per_worker", sys.float_info.max, "a number >= 0"),
     ):
         value = getattr(sweep, name)

@@ -1,9 +1,13 @@
 """Checkpoints: one safetensors file each, written atomically, readable without running anybody's code.
 
-Tensors are named `model/...`, `optimizer/NUMBER/INDEX/KEY` and `rng/...`; everything else is JSON in the header.
+Tensors are named `model/...`, `optimizer/NUMBER/INDEX/KEY` and `rng/...`; everything else is JSON in the header. The
+header also holds the SHA-256 of the file (with zeros in its place), so a file with a flipped bit is refused like a torn
+one. While a trial trains, the checkpoint before the newest is kept beside it, and is used when the newest is damaged.
 """
 
+import hashlib
 import json
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -13,16 +17,20 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainables.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 FILE = "checkpoint.safetensors"
+PREVIOUS, DAMAGED = ".previous", ".damaged"
+"""Endings of the checkpoint before the newest, and of one that was found damaged."""
+NO_DIGEST = "0" * 64
 
 
 def save(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer, **state: Any) -> None:
-    """Write a checkpoint over `path` in one atomic step.
+    """Write a checkpoint to `path` in one atomic step; what was there before is kept until the next call.
 
     Args:
         path: file to write; its folder is made.
@@ -40,7 +48,58 @@ def save(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer, **sta
         if torch.cuda.is_available():
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
     # Tensors of a tied or channels-last model may share or permute memory, which the format does not hold.
-    _write(path, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, state)
+    _write(path, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, state, keep=True)
+
+
+def _keep(path: Path) -> None:
+    """Give a checkpoint its second name, by which it is known once the next one has replaced it."""
+    link = path.with_name(f".{path.name}.link.{os.getpid()}")
+    try:
+        os.link(path, link)
+        os.replace(link, previous(path))
+    except OSError:  # a file system without links: for a moment there is the previous one only
+        os.replace(path, previous(path))
+
+
+def settle(path: Path) -> None:
+    """Drop the checkpoint before the newest: the trial is over."""
+    previous(path).unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Drop a checkpoint and the one before it."""
+    path.unlink(missing_ok=True)
+    settle(path)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before that of `path` is."""
+    return path.with_name(path.name + PREVIOUS)
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes on disk of a checkpoint and the one before it; 0 where there is none."""
+    return sum(file.stat().st_size for file in (path, previous(path)) if file.exists())
+
+
+def recover(path: Path) -> dict[str, Any] | None:
+    """The state of the newest good checkpoint, which is at `path` afterwards; None if there is none.
+
+    A damaged one is set aside under another name.
+    """
+    for file in (path, previous(path)):
+        if not file.exists():
+            continue
+        try:
+            _, state = read(file)
+        except ConfigError as error:
+            log.warning("%s; it is set aside", error)
+            os.replace(file, path.with_name(path.name + DAMAGED))
+            continue
+        if file != path:
+            os.replace(file, path)
+        return state
+    return None
 
 
 def copy_weights(source: Path, path: Path, **state: Any) -> None:
@@ -49,11 +108,24 @@ def copy_weights(source: Path, path: Path, **state: Any) -> None:
     _write(path, {name: value for name, value in tensors.items() if name.startswith("model/")}, state)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-    os.replace(temporary, path)
+    metadata = {"state": json.dumps(state), "sha256": NO_DIGEST}
+    data = bytearray(safetensors.torch.save(tensors, metadata=metadata))
+    place = data.index(f'"sha256":"{NO_DIGEST}"'.encode()) + len('"sha256":"')
+    data[place : place + len(NO_DIGEST)] = hashlib.sha256(data).hexdigest().encode()
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            _keep(path)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file takes space, which may be what lacks
+        raise
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -65,10 +137,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         data = path.read_bytes()  # once: `safe_open` opens the path twice, and the file may be replaced in between
         tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return tensors, json.loads(header.get("__metadata__", {}).get("state", "{}"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        given = metadata.get("sha256")
+        if given is not None and given != _digest(data, given.encode(), 8 + length):
+            raise ConfigError(f"cannot read checkpoint {path}: it is damaged, its checksum is another")
+        state = json.loads(metadata.get("state", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read checkpoint {path}: {error}") from error
+    if not isinstance(state, dict):
+        raise ConfigError(f"cannot read checkpoint {path}: its state is no JSON object")
+    return tensors, state
+
+
+def _digest(data: bytes, given: bytes, end: int) -> str:
+    """SHA-256 of a file with zeros in the place of the digest that its header gives."""
+    found = hashlib.sha256(data[:end].replace(given, NO_DIGEST.encode(), 1))
+    found.update(memoryview(data)[end:])
+    return found.hexdigest()
 
 
 def restore(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:

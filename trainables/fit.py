@@ -235,9 +235,9 @@ def fit(
     session = Session(config, data_root=data_root, start=start, device=device)
     path = None if folder is None else folder / checkpoint.FILE
     done = 0
-    if path is not None and path.exists():
-        _, state = checkpoint.read(path)
-        if state["config"] != config.tree():
+    state = None if path is None else _recovered(path)
+    if path is not None and state is not None:
+        if state.get("config") != config.tree():
             raise ConfigError(
                 f"{path} is of another configuration: take another folder, or the settings it was made with"
             )
@@ -274,7 +274,17 @@ def fit(
             checkpoint.save(
                 path, session.model, *optimizers.parts, epoch=epoch, report=report.to_json(), config=config.tree()
             )
+            if epoch == config.training.epochs:
+                checkpoint.settle(path)
         yield report
+
+
+def _recovered(path: Path) -> dict[str, Any] | None:
+    """The state of the newest good checkpoint, the same on every rank."""
+    if world.rank() == 0:
+        checkpoint.recover(path)
+    world.barrier()
+    return checkpoint.read(path)[1] if path.exists() else None
 
 
 def _train(session: Session, optimizers: Optimizers, epoch: int) -> float:

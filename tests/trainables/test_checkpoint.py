@@ -1,7 +1,9 @@
 """Checkpoints come back bit by bit, are never torn, and say what is wrong with a file."""
 
 import copy
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -114,11 +116,85 @@ def test_the_file_is_plain_safetensors_with_prefixed_names(tmp_path):
     assert {name.removeprefix("model/") for name in tensors if name.startswith("model/")} == set(model.state_dict())
 
 
-def test_saving_again_replaces_the_file_and_leaves_no_other(tmp_path):
+def test_saving_again_keeps_the_one_before_until_the_trial_is_over(tmp_path):
+    path = tmp_path / "x"
+    for epoch in (1, 2, 3):
+        checkpoint.save(path, network(epoch), epoch=epoch)
+    assert sorted(tmp_path.iterdir()) == [path, checkpoint.previous(path)]
+    assert checkpoint.read(path)[1] == {"epoch": 3}
+    assert checkpoint.read(checkpoint.previous(path))[1] == {"epoch": 2}
+    assert checkpoint.size_bytes(path) == sum(file.stat().st_size for file in tmp_path.iterdir())
+    checkpoint.settle(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", [0, 8, 60, -1, "digest", "state", "tensors"])
+def test_a_single_flipped_bit_anywhere_is_noticed(tmp_path, place):
+    path = tmp_path / "x"
+    checkpoint.save(path, network(), note="n" * 40)
+    data = bytearray(path.read_bytes())
+    marks = {"digest": b'"sha256":"', "state": b"nnnn", "tensors": b"model/conv"}
+    at = data.index(marks[place]) + len(marks[place]) if isinstance(place, str) else place
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"cannot read checkpoint {path}"):
+        checkpoint.read(path)
+
+
+def test_the_last_good_checkpoint_is_recovered_and_damaged_ones_are_set_aside(tmp_path):
+    path = tmp_path / "x"
+    assert checkpoint.recover(path) is None
     for epoch in (1, 2):
-        checkpoint.save(tmp_path / "x", network(epoch), epoch=epoch)
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert checkpoint.read(tmp_path / "x")[1] == {"epoch": 2}
+        checkpoint.save(path, network(epoch), epoch=epoch)
+    assert checkpoint.recover(path) == {"epoch": 2}
+    path.write_bytes(path.read_bytes()[:-1])
+    assert checkpoint.recover(path) == {"epoch": 1}
+    assert checkpoint.read(path)[1] == {"epoch": 1}
+    path.write_bytes(b"")
+    assert checkpoint.recover(path) is None
+    assert [file.name for file in tmp_path.iterdir()] == ["x.damaged"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    path = tmp_path / "x"
+    checkpoint.save(path, network(), epoch=1)
+    os.replace(path, checkpoint.previous(path))
+    assert checkpoint.recover(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Payload:
+    """What a pickle from elsewhere would run."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("owned",)
+
+
+def header(tree: object) -> bytes:
+    text = json.dumps(tree).encode() if not isinstance(tree, bytes) else tree
+    return len(text).to_bytes(8, "little") + text
+
+
+FOREIGN = {
+    "pickle": pickle.dumps(Payload()),
+    "header longer than the file": (2**62).to_bytes(8, "little") + b"{}",
+    "nested header": header(b"[" * 100_000 + b"]" * 100_000),
+    "nested state": header({"__metadata__": {"state": "[" * 100_000}}),
+    "state of another kind": header({"__metadata__": {"state": "[1]"}}),
+    "tensor beyond the file": header({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+    "tensors that overlap": header({n: {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]} for n in "ab"}) + b"1",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_from_elsewhere_runs_no_code_and_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.safetensors", "x.npz"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"cannot read checkpoint {path}"):
+            checkpoint.load_weights(path, network())
+    assert not (tmp_path / "owned").exists()
 
 
 def test_a_file_being_written_while_the_process_is_killed_is_always_whole(tmp_path):

@@ -185,21 +185,28 @@ def test_a_setting_that_is_changed_acts(change):
 # Going on from a checkpoint
 
 
+RESUMED: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in plugins.describe("trainables.methods")},
+    "lsq on lenet5": {"method": "lsq", "model": MODELS["lenet5"]},
+    "lsq with adamw": {"method": "lsq", "optimizer__name": "adamw"},
+    "dorefa with adam": {"method": "dorefa", "optimizer__name": "adam"},
+    "lsq in parts": {"method": "lsq", "training__accumulate": 2},
+    "lsq in bfloat16": {"method": "lsq", "training__precision": "bfloat16"},
+    "bayesian_bits with noise": {"method": {"name": "bayesian_bits", "gate_noise": True}},
+    "bayesian_bits with fine-tuning": {"method": "bayesian_bits", "training__finetune_epochs": 1},
+    "bayesian_bits folded": {"method": {"name": "bayesian_bits", "batch_norm": "folded"}},
+    "bsq with fine-tuning": {"method": {"name": "bsq", "interval": 1}, "training__finetune_epochs": 1},
+    "adabits with extra widths": {"method": {"name": "adabits", "widths": "8,4", "extra_widths": "3"}},
+    "adabits, one width after another": {"method": {"name": "adabits", "widths": "8,4", "training": "descending"}},
+    "double_rounding mixed": {"method": {"name": "double_rounding", "precision": "mixed", "probes": 2}},
+}
+
+
 @pytest.mark.parametrize("closed_after", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("method", "model", "optimizer"),
-    [
-        ("lsq", "lenet5", "sgd"),
-        ("pact", "resnet20", "sgd"),
-        ("dorefa", "resnet20", "adam"),
-        ("lsq", "resnet20", "adamw"),
-        ("float", "resnet20", "sgd"),
-    ],
-)
-def test_a_trial_closed_at_any_epoch_goes_on_bit_by_bit(method, model, optimizer, closed_after, tmp_path):
-    config = configured(
-        method=method, model=MODELS[model], optimizer={"name": optimizer, "lr": 0.003}, data__train_limit=128
-    )
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_trial_closed_at_any_epoch_goes_on_bit_by_bit(case, closed_after, tmp_path):
+    values = {"model": MODELS["resnet20"], "data__train_limit": 64, "optimizer__lr": 0.003, **RESUMED[case]}
+    config = configured(data__augment="crop", **values)
     whole = outcomes(config, folder=tmp_path / "whole")
     trial = fit(config, folder=tmp_path / "parts")
     for _ in range(closed_after):
@@ -232,12 +239,17 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_torn_checkpoint_is_refused_and_not_trained_over(tmp_path):
-    next(fit(configured(), folder=tmp_path))
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_trial_goes_on_from_the_last_good_checkpoint_or_starts_again(tmp_path, good):
+    whole = outcomes(configured(), folder=tmp_path / "whole")
+    trial = fit(configured(), folder=tmp_path)
+    for _ in range(1 + good):
+        next(trial)
+    trial.close()
     path = tmp_path / checkpoint.FILE
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="cannot read checkpoint"):
-        next(fit(configured(), folder=tmp_path))
+    assert outcomes(configured(), folder=tmp_path) == whole
+    assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
