@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from raysearch import facts
 from raysearch.connection import ray_for
-from raysearch.errors import SweepError, TrialError
+from raysearch.errors import RecordError, SweepError, TrialError
 from raysearch.nodes import Capacity, survey
 from raysearch.records import SCHEMA, RunFolder, write_json
+from raysearch.seeds import Seeds
 from raysearch.space import read, written
 from raysearch.sweep import Resolved, Sweep, check_files, default_name, default_out, files_of, resolve
 
@@ -48,13 +49,16 @@ class Watcher:
         """The sweep is over, or interrupted."""
 
 
-def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None = None) -> "Result":
+def run(
+    sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None = None, seeds: Seeds | None = None
+) -> "Result":
     """Run a sweep on this machine, or on the cluster that RAY_ADDRESS names.
 
     Args:
         sweep: the question.
         out: run folder to make; default `runs/NAME`.
         watcher: told of every event.
+        seeds: what to try first, and known sensitivities.
 
     Raises:
         SweepError, ConfigError, DataError, PluginError: before Ray starts; nothing was written.
@@ -63,12 +67,13 @@ def run(sweep: Sweep, out: str | Path | None = None, *, watcher: Watcher | None 
     resolved = resolve(sweep)
     name = default_name(sweep, time.strftime("%Y%m%d-%H%M%S"))
     folder = RunFolder(Path(out) if out is not None else default_out(name))
-    _check_folder(folder)
+    check_folder(folder)
     _load_data(resolved)
     with ray_for(resolved.sweep) as joined:
         capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)
-        with _locked(folder):
-            _describe(folder, resolved, name if out is None else folder.path.resolve().name)
+        with locked(folder):
+            describe(folder, resolved, name if out is None else folder.path.resolve().name)
+            (seeds or Seeds()).write(folder.seeds)
             return _drive(folder, resolved, capacity, watcher or Watcher())
 
 
@@ -81,9 +86,11 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     """
     folder = RunFolder(Path(path))
     described = folder.read_sweep()
+    if "search" in described:
+        raise RecordError(f"{path} is a search on shared weights: raysearch.supernet.resume goes on with it")
     sweep = Sweep.from_tree(described["sweep"])
     check_files(described.get("files", {}))
-    with _locked(folder):
+    with locked(folder):
         resolved = resolve(sweep, read(described["space"]))
         _load_data(resolved)
         with ray_for(resolved.sweep) as joined:
@@ -91,7 +98,12 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
             return _drive(folder, resolved, capacity, watcher or Watcher())
 
 
-def _check_folder(folder: RunFolder) -> None:
+def check_folder(folder: RunFolder) -> None:
+    """Refuse a run folder that is in use, or that cannot be written.
+
+    Raises:
+        SweepError: what is in the way.
+    """
     path = folder.path
     _check_free(folder)
     if "?" in str(path.resolve()):
@@ -118,7 +130,7 @@ def _check_free(folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
+def locked(folder: RunFolder) -> Iterator[None]:
     """Keep other drivers away from a run folder; it is made if it does not exist."""
     import filelock
 
@@ -136,7 +148,12 @@ def _locked(folder: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def _describe(folder: RunFolder, resolved: Resolved, name: str) -> None:
+def describe(folder: RunFolder, resolved: Resolved, name: str, **more: Any) -> None:
+    """Write `sweep.json`: the question, what follows from it, and what else there is to say.
+
+    Raises:
+        SweepError: there is one already.
+    """
     _check_free(folder)  # another driver may have been faster
     write_json(
         folder.sweep,
@@ -154,6 +171,7 @@ def _describe(folder: RunFolder, resolved: Resolved, name: str) -> None:
             "created_at": facts.now(),
             "versions": facts.versions(),
             "git": facts.git(),
+            **more,
         },
     )
 

@@ -26,6 +26,8 @@ log = logging.getLogger("raysearch.tracking")
 PUBLISH_S = 10.0
 PAGE_S = 60.0
 CHUNK_BYTES = 1 << 20
+METRICS_MAX = 1000
+"""Metrics that MLflow takes in one call."""
 SUMMARY = -1
 """Stands for the summary where the other runs have the number of their trial."""
 
@@ -192,6 +194,9 @@ class Session:
         self.records += records
 
     def _send(self, epochs: Sequence[Line], records: Sequence[Line]) -> None:
+        """A run for each trial; of a search on shared weights only those of the front, when it is published."""
+        if "search" in self.sweep:
+            return
         news: defaultdict[int, tuple[list[Line], list[Line]]] = defaultdict(lambda: ([], []))
         for line in epochs:
             news[line["trial"]][0].append(line)
@@ -239,6 +244,11 @@ class Session:
         """Tags of the front, and the summary of all records so far; its page, which takes longer, not every time."""
         points = [record for record in self.records if record["status"] == "complete"]
         front = Front.of(points, self.sweep["objectives"])
+        if "search" in self.sweep:
+            missing = {int(trial) for trial in front.to_pandas()["trial"]}.difference(self.runs)
+            for record in [record for record in points if record["trial"] in missing]:
+                with self._unless_refused(f"trial {record['trial']}"):
+                    self._send_trial(record["trial"], [], [record])
         on_front = {int(trial) for trial in front.to_pandas()["trial"]} & set(self.runs)
         for trial in sorted(on_front - self.tagged):
             with self._unless_refused(f"trial {trial}"):
@@ -307,12 +317,15 @@ class Session:
     ) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
+        values = [Metric(metric.key, metric.value, metric.time_ms, metric.step) for metric in metrics]
         self.client.log_batch(
             self.runs[trial],
-            [Metric(metric.key, metric.value, metric.time_ms, metric.step) for metric in metrics],
+            values[:METRICS_MAX],
             [Param(key, value) for key, value in params.items()],
             [RunTag(key, value) for key, value in tags.items()],
         )
+        for first in range(METRICS_MAX, len(values), METRICS_MAX):
+            self.client.log_batch(self.runs[trial], values[first : first + METRICS_MAX])
 
     @contextlib.contextmanager
     def _unless_refused(self, what: str) -> Iterator[None]:

@@ -1,6 +1,9 @@
 """What a person sees while a sweep runs: a live view on a terminal, plain lines elsewhere."""
 
+import math
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch.driver import Watcher
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.5
 BEST_SHOWN = 6
+SEARCH_LINE_S = 5.0
 
 
 def seconds_left(book: "Book", elapsed_s: float) -> float | None:
@@ -81,6 +85,42 @@ class PlainProgress(Watcher):
         left = clock(seconds_left(book, time.monotonic() - book.opened_at))
         front = f" | front: {size_of(book.front())}" if book.has_points() else ""
         self.say(f"trial {row['trial']} {outcome(row)} | {counts(book)}{front} | {left} left")
+
+
+class SearchProgress:
+    """A line now and then while mixtures of a supernet are evaluated.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: "Console") -> None:
+        self.console = console
+        self.path: Path | None = None
+        self._began = self._said = time.monotonic()
+        self._known = 0
+
+    def started(self, path: Path, text: str, known: int) -> None:
+        """Name the run folder."""
+        self.path, self._known = path, known
+        self._began = self._said = time.monotonic()
+        self.console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def evaluated(self, rows: Sequence[Mapping[str, Any]], evaluations: int) -> None:
+        """A line every few seconds, and at the end."""
+        now = time.monotonic()
+        if now - self._said < SEARCH_LINE_S and len(rows) < evaluations:
+            return
+        self._said = now
+        pace = max(len(rows) - self._known, 1e-9) / max(now - self._began, 1e-9)
+        left = clock((evaluations - len(rows)) / pace)
+        best = max((row["accuracy"] for row in rows if row["accuracy"] is not None), default=math.nan)
+        self.console.print(
+            f"{len(rows)}/{evaluations} evaluated, {pace:.1f}/s | best accuracy {best:.2%} | {left} left",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def outcome(row: dict[str, Any]) -> str:

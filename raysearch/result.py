@@ -126,7 +126,7 @@ class Result:
         if opset is not None and path.suffix != ".onnx":
             raise RecordError(f"opset = {opset}: only .onnx files have one, and {path} is none")
         session = _session(self, trial, point)
-        next(each for each in session.method.points(session.model) if each.label == point).activate()
+        next(each for each in session.points() if each.label == point).activate()
         record = next(row for row in self.records() if (row["trial"], row["point"]) == (trial, point))
         facts = {name: record[name] for name in EXPORTED_FACTS} | {"sweep": self.name}
         if path.suffix == ".safetensors":
@@ -184,7 +184,7 @@ def front_of(results: list[Result]) -> "Front":
 
 def _session(result: Result, trial: int, point: str) -> "Session":
     """A trial in memory, rebuilt from its checkpoint."""
-    from trainables import checkpoint
+    from trainables import checkpoint, supernet
     from trainables.config import parse
     from trainables.fit import Session
 
@@ -193,13 +193,17 @@ def _session(result: Result, trial: int, point: str) -> "Session":
     if record is None:
         known = f"; it has the points {', '.join(str(row['point']) for row in rows)}" if rows else ""
         raise RecordError(f"trial {trial} of {result.path} has no complete point {point!r}{known}")
+    root = result.description["sweep"]["data_root"]
+    if "calibration" in record:  # a mixture of a supernet's widths
+        session = supernet.opened(result.path / record["checkpoint"], data_root=None if root is None else Path(root))
+        supernet.fix(session, record["bits"], calibration=record["calibration"])
+        return session
     path = result.folder.trial(trial) / checkpoint.FILE
     if not path.exists():
         raise RecordError(
             f"trial {trial} has no checkpoint in {result.path}: only those of the front are kept, "
             "within --max-checkpoint-bytes (`raysearch pick --no-test` needs none)"
         )
-    root = result.description["sweep"]["data_root"]
     session = Session(parse(record["config"]), data_root=None if root is None else Path(root))
     session.load(path)
     return session

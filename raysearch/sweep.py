@@ -162,7 +162,7 @@ def trial_config(sweep: Sweep) -> "TrialConfig":
     from trainables.config import merged, parse
 
     _check_types(sweep)
-    _check_values(sweep)
+    check_values(sweep)
     sweep = _located(sweep)
     tree = {"method": {"name": sweep.method}, "model": {"name": sweep.model}, "data": {"name": sweep.data}}
     return parse(merged(tree, {"training/epochs": sweep.epochs, "seed": sweep.seed, **sweep.settings}))
@@ -216,7 +216,12 @@ def _check_types(sweep: Sweep) -> None:
         raise SweepError("; ".join(faults))
 
 
-def _check_values(sweep: Sweep) -> None:
+def check_values(sweep: Sweep) -> None:
+    """Refuse numbers, names and objectives that cannot be.
+
+    Raises:
+        SweepError: all of them at once.
+    """
     from analysis.rows import check_objectives
     from trainables.plugins import nearest
 

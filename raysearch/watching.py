@@ -26,6 +26,22 @@ def watched(run: Callable[[Any], Any]) -> None:
     _show(result)
 
 
+def searched(run: Callable[[Any], Any]) -> None:
+    """Run a search on shared weights before the eyes of a person, and say what came of it."""
+    from rich.console import Console
+
+    from raysearch.progress import SearchProgress
+
+    watcher = SearchProgress(Console(stderr=True))
+    try:
+        result = run(watcher)
+    except KeyboardInterrupt:
+        if watcher.path is not None:
+            click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
+        raise
+    _show(result)
+
+
 class _Remembering:
     """A watcher that remembers the run folder, for what is said after an interruption."""
 

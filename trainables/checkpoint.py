@@ -48,7 +48,7 @@ def save(path: Path, model: nn.Module, *optimizers: torch.optim.Optimizer, **sta
         if torch.cuda.is_available():
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
     # Tensors of a tied or channels-last model may share or permute memory, which the format does not hold.
-    _write(path, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, state, keep=True)
+    write(path, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, state, keep=True)
 
 
 def _keep(path: Path) -> None:
@@ -105,10 +105,18 @@ def recover(path: Path) -> dict[str, Any] | None:
 def copy_weights(source: Path, path: Path, **state: Any) -> None:
     """Write the model's tensors of the checkpoint `source` to `path`, atomically, without the rest."""
     tensors, _ = read(source)
-    _write(path, {name: value for name, value in tensors.items() if name.startswith("model/")}, state)
+    write(path, {name: value for name, value in tensors.items() if name.startswith("model/")}, state)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: bool = False) -> None:
+def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: bool = False) -> None:
+    """Write tensors and a JSON state to `path` in one atomic step; `read` reads them.
+
+    Args:
+        path: file to write; its folder is made.
+        tensors: contiguous ones on the CPU, by name, none of which shares memory with another.
+        state: anything JSON can hold.
+        keep: leave the file that is replaced under its second name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"state": json.dumps(state), "sha256": NO_DIGEST}

@@ -110,6 +110,7 @@ class Session:
         self.method.prepare(self.model, self.table, self.bits)
         shared_norm.share(self.model)
         self.model.to(self.device).to(memory_format=torch.channels_last)
+        self.fixed: Point | None = None
         if self.precision == torch.bfloat16:
             modules.keep_float32(self.model)
         self.forward: nn.Module = self.model
@@ -168,13 +169,17 @@ class Session:
             self.method.freeze(self.model)
         checkpoint.load_weights(path, self.model)
 
+    def points(self) -> list[Point]:
+        """The operating points of the model: those of its method, or the one mixture of widths that was fixed."""
+        return self.method.points(self.model) if self.fixed is None else [self.fixed]
+
     def layers(self, label: str) -> list[dict[str, Any]]:
         """A row for each quantized layer at one operating point: name, weights, MACs, widths, and the method's details.
 
         Raises:
             StopIteration: no point has this label.
         """
-        point = next(point for point in self.method.points(self.model) if point.label == label)
+        point = next(point for point in self.points() if point.label == label)
         point.activate()
         details = self.method.details(self.model)
         return [
@@ -192,12 +197,16 @@ class Session:
 
     def measure(self, split: Split) -> list[PointReport]:
         """Evaluate every operating point on a split."""
-        return [self._measured(point, split) for point in self.method.points(self.model)]
+        return [self._measured(point, split) for point in self.points()]
 
     def _measured(self, point: Point, split: Split) -> PointReport:
         point.activate()
-        operations = bops(self.table, point.bits, output_share=point.output_share, input_share=point.input_share)
         accuracy, loss = evaluate(self.forward, split, self.device)
+        return self.report(point, accuracy, loss)
+
+    def report(self, point: Point, accuracy: float, loss: float) -> PointReport:
+        """An operating point with what it reaches and what it costs."""
+        operations = bops(self.table, point.bits, output_share=point.output_share, input_share=point.input_share)
         return PointReport(
             label=point.label,
             accuracy=accuracy,

@@ -11,6 +11,8 @@
 | `faults` | says what is wrong with a configuration beyond the types of its settings |
 | `details` | tells what was learned beside the widths, layer by layer |
 | `points` | the operating points to evaluate: one for most methods, one per width for switchable networks |
+| `choices`, `mixture` | of a switchable network: the widths of each layer, and the point of any mixture of them |
+| `stored`, `restore` | what a switchable network is kept as, and back |
 
 A method is a file in `trainables/methods` with a class `Method` that derives from this one and a frozen dataclass
 `Settings`, whose fields are addresses (`method/per_channel`) and command-line help at once.
@@ -25,6 +27,7 @@ from torch.nn import functional
 
 from trainables import modules
 from trainables.cost import INPUT_BITS, Bits, Layer, LayerBits, LayerTable, Shares
+from trainables.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig
@@ -49,6 +52,19 @@ class Point:
     output_share: Shares = field(default_factory=dict)
     input_share: Shares = field(default_factory=dict)
     extra_floats: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Widths that a layer of a switchable network was trained at, in bits, from high to low.
+
+    Attributes:
+        weight: of its weights.
+        activation: of the activations that it reads.
+    """
+
+    weight: tuple[int, ...]
+    activation: tuple[int, ...]
 
 
 class Method:
@@ -137,6 +153,33 @@ class Method:
         scales = [p for name, p in model.named_parameters() if is_quantizer_parameter(name)]
         return [Point(label="final", bits=read_bits(model), extra_floats=self.stored_floats(model, scales))]
 
+    def choices(self, model: nn.Module) -> Mapping[str, Choices]:
+        """Widths that each quantized layer can be switched to on its own; empty where training leaves one width."""
+        return {}
+
+    def mixture(self, model: nn.Module, bits: Bits) -> Point:
+        """The operating point `final` of a switchable network with these widths.
+
+        Raises:
+            ConfigError: a width that it was not trained at, layers of another network, or it does not switch.
+        """
+        raise ConfigError(f"method {type(self).__module__.rpartition('.')[2]!r} trains no network that switches widths")
+
+    def stored(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a switchable network is kept as: all that any of its mixtures needs, by name."""
+        return dict(model.state_dict())
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `stored` gave into a network prepared as that one was.
+
+        Raises:
+            ConfigError: tensors of another network.
+        """
+        try:
+            model.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise ConfigError(f"stored network is another one than was prepared: {error}") from error
+
     def details(self, model: nn.Module) -> Mapping[str, Mapping[str, Any]]:
         """What there is to say of each layer of a trained model beside its widths: layer -> title -> value."""
         return {}
@@ -144,6 +187,25 @@ class Method:
     def stored_floats(self, model: nn.Module, scales: list[nn.Parameter]) -> int:
         """How many floats the quantizers store in an export: by default their parameters."""
         return sum(p.numel() for p in scales)
+
+
+def check_mixture(bits: Bits, choices: Mapping[str, Choices]) -> None:
+    """Refuse widths that a switchable network was not trained at.
+
+    Raises:
+        ConfigError: names the first of them, or layers that are missing or unknown.
+    """
+    if set(bits) != set(choices):
+        strange = sorted(set(bits) ^ set(choices))
+        raise ConfigError(f"bits of {strange[:3]} are missing or of no quantized layer: give those of {list(choices)}")
+    for name, width in bits.items():
+        for role in ("weight", "activation"):
+            given, trained = getattr(width, role), getattr(choices[name], role)
+            if given not in trained:
+                raise ConfigError(
+                    f"bits/{name}/{role} = {given}: the network is trained at {', '.join(map(str, trained))}; "
+                    "give such a one"
+                )
 
 
 def is_quantizer_parameter(name: str) -> bool:

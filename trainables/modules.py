@@ -5,7 +5,7 @@ layer that it replaces, so the state dict of the float network loads into the qu
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from types import MethodType
 
 import torch
@@ -74,6 +74,24 @@ class Quantizer(nn.Module):
             ConfigError: the levels are not affine, or the quantizer does not tell.
         """
         raise ConfigError(f"{type(self).__name__} has no affine codes that an exported file could hold")
+
+
+class NormSets:
+    """What a batch norm of several sets has in common, whatever chooses the set.
+
+    Attributes:
+        used: which set is in use.
+    """
+
+    used: Hashable
+
+    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """What the set in use makes of `x` with these statistics, (channels,) each, in place of its own."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it normalises")
+
+    def take(self, mean: Tensor, var: Tensor) -> None:
+        """Replace the statistics of the set in use."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics")
 
 
 def _take(new: "QuantizedLayer", layer: nn.Module, weights: Quantizer, inputs: Quantizer | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 from raysearch.book import Book
-from raysearch.driver import _describe
+from raysearch.driver import describe
 from raysearch.ledger import Ledger, Proposal
 from raysearch.records import RunFolder
 from raysearch.sweep import Resolved, Sweep, resolve
@@ -41,7 +41,7 @@ def make_run(path: Path, sweep: Sweep | None = None) -> tuple[RunFolder, Resolve
     resolved = resolve(sweep or small_sweep())
     folder = RunFolder(path)
     path.mkdir(parents=True, exist_ok=True)
-    _describe(folder, resolved, path.name)
+    describe(folder, resolved, path.name)
     return folder, resolved
 
 

@@ -4,17 +4,19 @@ The sets are rows of stacked parameters and buffers, and the row in use is data,
 without rows, such as that of the float network, loads into every row; one with fewer rows loads into the first ones.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainables import modules
 from trainables.quantize import _by_number
 from trainables.shared_norm import batch_norm
 
 
-class SwitchableNorm(_BatchNorm):
+class SwitchableNorm(_BatchNorm, modules.NormSets):
     """A batch norm over dimension 1 whose scale, shift and statistics are those of one of several sets.
 
     Args:
@@ -73,6 +75,22 @@ class SwitchableNorm(_BatchNorm):
             momentum = 1 / float(self.num_batches_tracked[row])
         return batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
 
+    @property
+    def used(self) -> int:  # type: ignore[override]
+        """The row in use."""
+        return int(self.index)
+
+    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """What the set in use makes of `x` with these statistics."""
+        weight, bias = (p if self.shared_affine else p[self.used] for p in (self.weight, self.bias))
+        return batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+
+    @torch.no_grad()
+    def take(self, mean: Tensor, var: Tensor) -> None:
+        """Replace the statistics of the set in use."""
+        self.running_mean[self.used] = mean
+        self.running_var[self.used] = var
+
     def adopt(self, row: int, source: int) -> None:
         """Start the set `row` from the values of the set `source`."""
         with torch.no_grad():
@@ -114,6 +132,22 @@ def load_rows(module: nn.Module, state_dict: dict[str, Any], prefix: str, names:
 def switchable_norms(model: nn.Module) -> list[SwitchableNorm]:
     """All of a model, in the order of definition."""
     return [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+
+
+def norm_widths(model: nn.Module, widths: Mapping[str, int], *, beside: int) -> Iterator[tuple[SwitchableNorm, int]]:
+    """Every switchable norm, and the width of the layer that is defined before it.
+
+    Args:
+        model: with quantized layers.
+        widths: of layers, by name.
+        beside: width for norms before the first layer, or after one that is not among them.
+    """
+    width = beside
+    for name, module in model.named_modules():
+        if isinstance(module, modules.QuantizedConv2d | modules.QuantizedLinear):
+            width = widths.get(name, beside)
+        elif isinstance(module, SwitchableNorm):
+            yield module, width
 
 
 def replace_norms(model: nn.Module, sets: int, *, shared_affine: bool = False) -> None:

@@ -91,7 +91,7 @@ def restore(model: nn.Module, tensors: Tensors) -> None:
 def save(path: Path, model: nn.Module) -> None:
     """Write the stored form of `model` to a safetensors file, atomically."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in store(model).items()}
-    checkpoint._write(path, tensors, {"format": FORMAT, "highest": highest_widths(model)})
+    checkpoint.write(path, tensors, {"format": FORMAT, "highest": highest_widths(model)})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainables import modules
 
 OUTER = -1
 """In place of a layer's number: the network's own width."""
 
 
-class SwitchedNorm(nn.Module):
+class SwitchedNorm(nn.Module, modules.NormSets):
     """One batch norm of several, chosen by `use`.
 
     The state dict of a plain batch norm loads into it: every set becomes a copy.
@@ -36,6 +39,7 @@ class SwitchedNorm(nn.Module):
     """
 
     order: Tensor
+    used: str
 
     def __init__(self, norm: _BatchNorm, widths: Sequence[int], *, pairs: bool) -> None:
         super().__init__()
@@ -52,9 +56,25 @@ class SwitchedNorm(nn.Module):
         """Take the set of these widths."""
         self.used = self._name(before, own)
 
-    def plain(self) -> nn.Module:
-        """The batch norm in use, for exports."""
-        return self.sets[self.used]
+    def plain(self) -> _BatchNorm:
+        """The batch norm in use."""
+        norm = self.sets[self.used]
+        assert isinstance(norm, _BatchNorm)
+        return norm
+
+    def normalised(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """What the set in use makes of `x` with these statistics."""
+        norm = self.plain()
+        return functional.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+    @torch.no_grad()
+    def take(self, mean: Tensor, var: Tensor) -> None:
+        """Replace the statistics of the set in use."""
+        norm = self.plain()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
 
     def spread(self, widths: Sequence[int]) -> None:
         """Start every transition into a width from the set of that width alone."""

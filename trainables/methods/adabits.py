@@ -37,9 +37,9 @@ from torch.nn import functional
 from trainables import modules
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
-from trainables.method import Point
+from trainables.method import Choices, Point, check_mixture
 from trainables.methods import sat
-from trainables.methods._norm_sets import load_rows, replace_norms, switchable_norms
+from trainables.methods._norm_sets import load_rows, norm_widths, replace_norms, switchable_norms
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig
@@ -397,6 +397,43 @@ class Method(sat.Method):
 
     # -----------------------------------------------------------------------------------------------------------------
     # What comes out
+
+    def choices(self, model: nn.Module) -> dict[str, Choices]:
+        """All widths that have statistics, weights and activations on their own; the ends keep their least width."""
+        rows = {width: self._norm_row(i) for i, width in enumerate(self.widths + self.extra_widths)}
+        fed = [w for w in rows if w in self.widths or all(norm.is_fed(rows[w]) for norm in switchable_norms(model))]
+        at = [self.bits_at(width) for width in sorted(fed, reverse=True)]
+        return {
+            row.name: Choices(
+                weight=tuple(dict.fromkeys(bits[row.name].weight for bits in at)),
+                activation=tuple(dict.fromkeys(bits[row.name].activation for bits in at)),
+            )
+            for row in self.table.quantizable
+        }
+
+    def mixture(self, model: nn.Module, bits: Bits) -> Point:
+        """These widths. Batch norms go by the layer defined before; where that is an end, by the first inner one."""
+        check_mixture(bits, self.choices(model))
+        return Point(
+            label="final",
+            bits=bits,
+            activate=partial(self._mix, model, bits),
+            extra_floats=self.floats_at(model, bits),
+        )
+
+    def _mix(self, model: nn.Module, bits: Bits) -> None:
+        places = self.widths + self.extra_widths
+        for name, layer in modules.quantized_layers(model):
+            layer.weight_quantizer.set_bits(bits[name].weight)
+            clip = layer.input_quantizer
+            if clip is not None:
+                clip.set_bits(bits[name].activation)
+                if isinstance(clip, SwitchableClip):
+                    clip.index.fill_(position(bits[name].activation, places))
+        inner = [row.name for row in self.table.quantizable if not (row.first or row.last)]
+        by_layer = {name: bits[name].weight for name in inner}
+        for norm, width in norm_widths(model, by_layer, beside=by_layer[inner[0]] if inner else self.widths[0]):
+            norm.index.fill_(self._norm_row(position(width, places)))
 
     def points(self, model: nn.Module) -> list[Point]:
         """One for each width, extra ones first, so that the model is left at the lowest trained one."""

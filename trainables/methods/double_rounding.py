@@ -32,11 +32,11 @@ from torch.nn import functional
 
 from trainables import modules, sensitivity, world
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable
-from trainables.errors import ConfigError
+from trainables.method import Choices, Point, check_mixture, split_parameters
 from trainables.method import Method as Base
-from trainables.method import Point, split_parameters
 from trainables.methods._adaptive_rates import Rule, ShortenedStep, alrs_rate
 from trainables.methods._bit_switching import draw_widths, sensitive_layers, switch_probabilities, switch_rate
+from trainables.methods._stored_codes import restore, store
 from trainables.methods._switched_norm import record_order, switch_norms, switched_norms, use_sets
 from trainables.methods._switched_quantizers import (
     CodedWeight,
@@ -217,7 +217,7 @@ class Method(Base):
             ConfigError: a width that the network was not trained at, or layers of another network.
         """
         wanted = self._bits_at(model, bits) if isinstance(bits, int) else bits
-        self._check(model, wanted)
+        check_mixture(wanted, self.choices(model))
         layers = switched_layers(model)
         by_number = {int(weights.order[0]): wanted[name].weight for name, weights, _ in layers}
         self._set(model, wanted, by_number, outer=bits if isinstance(bits, int) else by_number.get(0, self.widths[0]))
@@ -228,22 +228,6 @@ class Method(Base):
             if inputs is not None:
                 inputs.set_bits(bits[name].activation)
         use_sets(switched_norms(model), by_number, outer)
-
-    def _check(self, model: nn.Module, bits: Bits) -> None:
-        found = {name: (weights, inputs) for name, weights, inputs in quantizers(model)}
-        if set(bits) != set(found):
-            strange = sorted(set(bits) ^ set(found))
-            raise ConfigError(
-                f"bits of {strange[:3]} are missing or of no quantized layer: give those of {list(found)}"
-            )
-        for name, (weights, inputs) in found.items():
-            for role, quantizer in (("weight", weights), ("activation", inputs)):
-                width = getattr(bits[name], role)
-                if quantizer is not None and width not in quantizer.widths:
-                    trained = ", ".join(map(str, quantizer.widths))
-                    raise ConfigError(
-                        f"bits/{name}/{role} = {width}: the network is trained at {trained}; give such a one"
-                    )
 
     def _bits_at(self, model: nn.Module, width: int) -> dict[str, LayerBits]:
         """Widths of all quantized layers when the network as a whole has `width`; the ends keep theirs."""
@@ -372,13 +356,40 @@ class Method(Base):
 
     def points(self, model: nn.Module) -> list[Point]:
         """One point for each width, all layers but the ends alike."""
-        floats = sum(w.scale.numel() + (inputs is not None) for _, w, inputs in quantizers(model))
         return [
             Point(
                 label=f"{width}-bit",
                 bits=self._bits_at(model, width),
                 activate=partial(self.switch, model, width),
-                extra_floats=floats,
+                extra_floats=self._floats(model),
             )
             for width in self.widths
         ]
+
+    def _floats(self, model: nn.Module) -> int:
+        """Scales that a network of fixed widths stores."""
+        return sum(w.scale.numel() + (inputs is not None) for _, w, inputs in quantizers(model))
+
+    # -- Any mixture of widths
+
+    def choices(self, model: nn.Module) -> dict[str, Choices]:
+        """All widths for each layer, weights and activations on their own; the ends keep theirs."""
+        return {
+            name: Choices(weight=weights.widths, activation=(INPUT_BITS,) if inputs is None else inputs.widths)
+            for name, weights, inputs in quantizers(model)
+        }
+
+    def mixture(self, model: nn.Module, bits: Bits) -> Point:
+        """These widths; batch norms go by those of the weights."""
+        check_mixture(bits, self.choices(model))
+        return Point(
+            label="final", bits=bits, activate=partial(self.switch, model, bits), extra_floats=self._floats(model)
+        )
+
+    def stored(self, model: nn.Module) -> dict[str, Tensor]:
+        """Integers of the highest width in place of the weights."""
+        return store(model)
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """The weights become those of the highest width."""
+        restore(model, tensors)

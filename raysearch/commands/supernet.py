@@ -1,0 +1,86 @@
+"""`raysearch supernet`: train one network for many widths, then search their mixtures on its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raysearch.options import objectives_of, run_folder, sweep_of, sweep_options
+from raysearch.sweep import SAMPLERS
+
+TRAINED = (
+    *("method", "model", "data", "data_root", "download", "epochs", "workers", "cpus_per_worker", "gpus_per_worker"),
+    *("train", "seed", "mlflow_uri"),
+)
+METHOD = "double_rounding"
+CALIBRATION = 512
+
+
+@click.group()
+def command() -> None:
+    """Train once, search thousands: mixtures of widths on the weights of one switchable network."""
+
+
+@command.command()
+@sweep_options(*TRAINED)
+@click.option("--out", type=click.Path(path_type=Path), help="run folder to make  [default: runs/NAME]")
+def train(out: Path | None, **options: Any) -> None:
+    """Train one network for several widths: double_rounding (the default), or adabits."""
+    from dataclasses import replace
+
+    from raysearch.driver import run
+    from raysearch.seeds import Seeds
+    from raysearch.watching import watched
+
+    source = click.get_current_context().get_parameter_source("method")
+    if options["source"] is None and source != click.core.ParameterSource.COMMANDLINE:
+        options["method"] = METHOD
+    sweep = replace(sweep_of(options), trials=1, space={})
+    watched(lambda watcher: run(sweep, out, watcher=watcher, seeds=Seeds(first=(("given", {}),))))
+
+
+def _widths(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: give widths such as 8,4,2") from error
+
+
+@command.command()
+@run_folder
+@click.argument("trial", type=click.IntRange(min=0), required=False)
+@click.option("--evaluations", type=click.IntRange(min=1), default=5000, show_default=True, help="mixtures to evaluate")
+@click.option("--objectives", help="what to search for  [default: accuracy:max,bops:min,size_bytes:min]")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="who proposes")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the search")
+@click.option("--widths", callback=_widths, metavar="LIST", help="widths to choose from  [default: all trained]")
+@click.option("--images", type=click.IntRange(min=1), help="validation images to evaluate on  [default: all]")
+@click.option("--recalibrate", is_flag=True, help=f"batch norm of each mixture from {CALIBRATION} training images")
+@click.option("--max-bops", type=click.FloatRange(min=0), help="never evaluate a mixture over so many BOPs")
+@click.option("--max-relative-bops", type=click.FloatRange(0, 100), help="nor one over this % of 32x32-bit BOPs")
+@click.option("--max-size-bytes", type=click.FloatRange(min=0), help="nor one over so many bytes")
+@click.option("--workers", type=click.IntRange(min=1), help="at the same time  [default: all cores, or GPUs]")
+@click.option("--mlflow-uri", help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder")
+@click.option("--out", type=click.Path(path_type=Path), help="run folder to make  [default: runs/NAME]")
+def search(
+    run_folder: Path,
+    objectives: str | None,
+    recalibrate: bool,
+    max_relative_bops: float | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Search the mixtures of a trained network's widths: weights and activations of each layer on their own."""
+    from raysearch.supernet import Search
+    from raysearch.supernet import search as run
+    from raysearch.watching import searched
+
+    if objectives is not None:
+        options["objectives"] = objectives_of(objectives)
+    question = Search(
+        run=str(run_folder),
+        calibration=CALIBRATION if recalibrate else 0,
+        max_relative_bops=None if max_relative_bops is None else max_relative_bops / 100,
+        **options,
+    )
+    searched(lambda watcher: run(question, out, watcher=watcher))
