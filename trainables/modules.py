@@ -7,6 +7,7 @@ layer that it replaces, so the state dict of the float network loads into the qu
 import math
 from collections.abc import Hashable, Iterator
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,14 @@ class Quantizer(nn.Module):
             ConfigError: the levels are not affine, or the quantizer does not tell.
         """
         raise ConfigError(f"{type(self).__name__} has no affine codes that an exported file could hold")
+
+    def before(self) -> nn.Module | None:
+        """What `x` goes through before it is rounded, as a module for exports; None: nothing."""
+        return None
+
+    def kept(self) -> Tensor | None:
+        """Which output channels pruning has left of weights, for exports; bool, shape (channels,); None: all."""
+        return None
 
 
 class NormSets:
@@ -184,6 +193,27 @@ def keep_float32(model: nn.Module) -> None:
 def _in_float32(quantizer: Quantizer, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return type(quantizer).forward(quantizer, x.float())
+
+
+OUTPUT = "output_quantizer"
+
+
+def quantize_output(module: nn.Module, quantizer: Quantizer) -> None:
+    """Let `module` quantize what it makes; the quantizer becomes its child `output_quantizer`."""
+    module.add_module(OUTPUT, quantizer)
+    module.register_forward_hook(_through_output_quantizer)
+
+
+def _through_output_quantizer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return module.get_submodule(OUTPUT)(output)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one named `name`, whose output is quantized as before."""
+    quantizer = getattr(model.get_submodule(name), OUTPUT, None)
+    model.set_submodule(name, module)
+    if quantizer is not None:
+        quantize_output(module, quantizer)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

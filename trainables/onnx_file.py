@@ -25,7 +25,7 @@ logits agree to about 1e-6 unless one does; then they differ by what one level m
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainables.coded import Coded, at_this_point, coded
+from trainables.coded import Coded, Read, at_this_point, coded, standing, widths
+from trainables.encoding import MOST_BITS, Clipped
 from trainables.errors import ConfigError
-from trainables.onnx_graph import GRAPH_OPSET, INPUT, OUTPUT, Graph, float_graph, plain_twin, storage
+from trainables.onnx_constants import dense_groups, storage
+from trainables.onnx_graph import GRAPH_OPSET, INPUT, OUTPUT, Graph, float_graph, plain_twin
 
 NEWEST = 25
 IR_VERSIONS = {20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
@@ -132,11 +134,11 @@ def write_onnx(
         ConfigError: a layer that ONNX cannot express, or an opset that is too old for a width.
     """
     twin = at_this_point(model)
-    layers = coded(twin)
-    opset = _opset(layers, opset)
-    folded = plain_twin(twin, layers)
+    layers, sites = coded(twin), standing(twin)
+    opset = _opset(layers, sites, opset)
+    folded = plain_twin(twin, layers, sites)
     proto = float_graph(twin, input_shape)
-    Graph(proto.graph, integer=integer).quantize(layers, folded, dict(twin.state_dict()))
+    Graph(proto.graph, integer=integer).quantize(layers, sites, folded, dict(twin.state_dict()))
     _finish(proto, opset, layers, facts)
     path.write_bytes(proto.SerializeToString())
 
@@ -180,40 +182,43 @@ def open_session(path: Path, *, fused: bool = True, threads: int = 1) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _opset(layers: Mapping[str, Coded], given: int | None) -> int:
+def _opset(layers: Mapping[str, Coded], sites: Mapping[str, Read], given: int | None) -> int:
     """The opset to write: the oldest that all types need, or the given one if it is none older."""
     needed = GRAPH_OPSET
-    for name, layer in layers.items():
-        for what, encoding in (("weights", layer.weight), ("inputs", layer.reads)):
-            if encoding is None:
-                continue
-            if encoding.bits > 8:
-                raise ConfigError(f"layer {name}: {encoding.bits}-bit {what}; ONNX files hold 1..8 bits")
-            width, first = storage(encoding.bits)
-            if given is not None and given < first:
-                raise ConfigError(
-                    f"opset = {given}: the {encoding.bits}-bit {what} of layer {name} are stored in {width} bits, "
-                    f"which needs opset {first} or newer"
-                )
-            needed = max(needed, first)
+    for what, bits in _typed(layers, sites):
+        width, first = storage(bits)
+        if given is not None and given < first:
+            raise ConfigError(
+                f"opset = {given}: the {bits}-bit {what} are stored in {width} bits, which needs opset {first} or newer"
+            )
+        needed = max(needed, first)
     if given is not None and not GRAPH_OPSET <= given <= NEWEST:
         raise ConfigError(f"opset = {given}: {GRAPH_OPSET}..{NEWEST} can be written")
     return needed if given is None else given
+
+
+def _typed(layers: Mapping[str, Coded], sites: Mapping[str, Read]) -> Iterator[tuple[str, int]]:
+    """What is kept in an integer type of ONNX, and its width."""
+    unpacked = {name for group in dense_groups(layers) for name in group.codes}
+    for name, layer in layers.items():
+        if 0 < layer.weight_bits <= MOST_BITS:
+            yield f"weights of layer {name}", max(8, layer.weight_bits) if name in unpacked else layer.weight_bits
+    reads = {f"inputs of layer {name}": layer.reads for name, layer in layers.items() if layer.reads is not None}
+    for what, read in {**reads, **{f"codes of {name}": read for name, read in sites.items()}}.items():
+        if read.encoding is not None and not isinstance(read.encoding, Clipped):
+            yield what, max(8, read.bits)
 
 
 def _finish(proto: Any, opset: int, layers: Mapping[str, Coded], facts: Mapping[str, Any]) -> None:
     """Set versions and metadata, and check the model."""
     import onnx
 
-    proto.opset_import[0].version = opset
+    del proto.opset_import[:]
+    proto.opset_import.add(domain="", version=opset)
     proto.ir_version = IR_VERSIONS[opset]
     proto.producer_name = "raysearch"
     proto.producer_version = ""
-    bits = {
-        name: [layer.weight.bits if layer.weight else 32, layer.reads.bits if layer.reads else None]
-        for name, layer in layers.items()
-    }
-    for key, value in {"bits": bits, **facts}.items():
+    for key, value in {"bits": widths(layers), **facts}.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
     onnx.checker.check_model(proto, full_check=True)

@@ -1,6 +1,7 @@
 """The ONNX graph of a quantized network: exported as float with its weights left open, then given codes.
 
-What is put in, and why, stands in `onnx_file`.
+Where a quantizer of activations stands, the exporter writes a mark, for which `onnx_quantizers` puts nodes. What is put
+in, and why, stands in `onnx_file`.
 """
 
 import io
@@ -13,27 +14,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainables import dataflow, modules
-from trainables.coded import Coded, scale_and_shift
+from trainables import dataflow, modules, onnx_quantizers
+from trainables.coded import Coded, Read, scale_and_shift
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
+from trainables.onnx_constants import Constants, dense_groups, unpacked
 
 INPUT, OUTPUT = "images", "logits"
 GRAPH_OPSET = 20
 """Operators that torch emits mean the same from this opset to 25: later ones add types."""
+DOMAIN, MARK = "raysearch", "Quantize"
 
 
-def storage(bits: int) -> tuple[int, int]:
-    """Width of the integer type that holds `bits`, and the first opset that has it.
+class _Marked(torch.autograd.Function):
+    """A node that says which quantizer stands here."""
 
-    >>> [storage(bits) for bits in (1, 2, 3, 4, 5, 8)]
-    [(2, 25), (2, 25), (4, 21), (4, 21), (8, 20), (8, 20)]
-    """
-    return next(row for row in ((2, 25), (4, 21), (8, 20)) if bits <= row[0])
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, name: str) -> Any:
+        return g.op(f"{DOMAIN}::{MARK}", x, name_s=name).setType(x.type())
 
 
-def plain_twin(twin: nn.Module, layers: Mapping[str, Coded]) -> dict[str, Tensor]:
-    """Make quantized layers ordinary ones, in place, and fold the batch norms that alone read one of them.
+class _Mark(nn.Module):
+    """Stands in the place of the quantizer `name`."""
+
+    def __init__(self, name: str, before: nn.Module | None) -> None:
+        super().__init__()
+        self.name = name
+        self.before = before or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Marked.apply(self.before(x), self.name)
+
+
+def plain_twin(twin: nn.Module, layers: Mapping[str, Coded], sites: Mapping[str, Read]) -> dict[str, Tensor]:
+    """Make quantized layers ordinary ones behind marks, in place, and fold the batch norms that alone read one of them.
 
     Returns:
         for each folded layer, what its output channels are multiplied by.
@@ -43,11 +61,17 @@ def plain_twin(twin: nn.Module, layers: Mapping[str, Coded]) -> dict[str, Tensor
     except ConfigError:  # a forward that branches has no symbolic trace, but the exporter can follow one path
         flows = {}
     factors = {}
+    for name, read in sites.items():
+        twin.set_submodule(name, _Mark(name, read.before))
     for name, layer in list(modules.quantized_layers(twin)):
-        plain = _ordinary(layer)
-        twin.set_submodule(name, plain)
+        plain = _ordinary(layer, layers[name].values)
+        modules.put(twin, name, plain)
+        reads = layers[name].reads
+        if reads is not None and (reads.encoding is not None or reads.before is not None):
+            plain.reads = _Mark(name, reads.before) if reads.encoding is not None else reads.before
+            plain.register_forward_pre_hook(_through_reads)
         norm_name = flows[name].norm if name in flows else None
-        if norm_name is None:
+        if norm_name is None or hasattr(plain, modules.OUTPUT):
             continue
         norm = twin.get_submodule(norm_name)
         assert isinstance(norm, _BatchNorm)
@@ -55,21 +79,29 @@ def plain_twin(twin: nn.Module, layers: Mapping[str, Coded]) -> dict[str, Tensor
         factors[name] = scale
         plain.bias = nn.Parameter(shift if plain.bias is None else plain.bias.detach() * scale + shift)
         plain.weight.data = plain.weight.data * scale.view(-1, *[1] * (plain.weight.dim() - 1))  # if it is float
-        twin.set_submodule(norm_name, nn.Identity())
+        modules.put(twin, norm_name, nn.Identity())
     return factors
 
 
-def _ordinary(layer: modules.QuantizedLayer) -> nn.Conv2d | nn.Linear:
+def _through_reads(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (layer.get_submodule("reads")(args[0]), *args[1:])
+
+
+def _ordinary(layer: modules.QuantizedLayer, values: Tensor) -> Any:
     """The layer without its quantizers."""
     kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
     plain: Any = kind.__new__(kind)
     nn.Module.__init__(plain)
-    kept = {name: value for name, value in vars(layer).items() if name not in ("_modules", "_parameters", "_buffers")}
+    kept = {name: value for name, value in vars(layer).items() if not name.startswith("_") or name in _OF_PADDING}
     vars(plain).update(kept)
-    plain.weight, plain.bias = layer.weight, layer.bias
+    plain.weight, plain.bias = nn.Parameter(values), layer.bias
     return plain
 
 
+_OF_PADDING = ("_reversed_padding_repeated_twice",)
+
+
+@torch.no_grad()
 def float_graph(twin: nn.Module, input_shape: Iterable[int]) -> Any:
     """The network as an ONNX model whose parameters are inputs by their names.
 
@@ -89,6 +121,7 @@ def float_graph(twin: nn.Module, input_shape: Iterable[int]) -> Any:
             export_params=False,
             do_constant_folding=False,
             opset_version=GRAPH_OPSET,
+            custom_opsets={DOMAIN: 1},
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
@@ -107,47 +140,72 @@ class Graph:
     def __init__(self, graph: Any, *, integer: bool) -> None:
         self.graph = graph
         self.integer = integer
+        self.constants = Constants(graph)
         self.readers: dict[str, list[Any]] = {}
         for node in graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.made: list[Any] = []
 
-    def quantize(self, layers: Mapping[str, Coded], factors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Give every parameter its value, and every quantized layer its codes.
+    def quantize(
+        self,
+        layers: Mapping[str, Coded],
+        sites: Mapping[str, Read],
+        factors: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Give every parameter its value, every quantized layer its codes, and every mark its quantizer.
 
         Args:
             layers: codes and encodings.
+            sites: quantizers outside of layers.
             factors: of output channels, from folded norms.
             state: of the ordinary network, for the parameters that are float.
 
         Raises:
-            ConfigError: a layer whose product is not to be found in the graph.
+            ConfigError: a layer whose product is not to be found in the graph, or what ONNX cannot express.
         """
         opened = [entry.name for entry in self.graph.input if entry.name != INPUT]
         for entry in list(self.graph.input)[::-1]:
             if entry.name != INPUT:
                 self.graph.input.remove(entry)
-        quantized = {f"{name}.weight": name for name, layer in layers.items() if layer.weight is not None}
+        coded = {name: layer for name, layer in layers.items() if layer.codes is not None}
         for parameter in opened:
-            if parameter not in quantized:
-                self._constant(parameter, state[parameter].detach().cpu().numpy())
-        for name, layer in layers.items():
-            products = self._products(name, f"{name}.weight")
-            if layer.weight is not None and layer.codes is not None:
-                integer = self.integer and layer.reads is not None and layer.weight.bits == layer.reads.bits == 8
-                self._weights(name, layer.codes, layer.weight, factors.get(name), integer)
-            if layer.reads is not None:
-                self._reads(name, products, layer.reads)
+            if parameter.removesuffix(".weight") not in coded or not parameter.endswith(".weight"):
+                self.constants.add(parameter, state[parameter].detach().cpu().numpy())
+        ready: dict[str, str] = {}
+        for group in dense_groups(layers):
+            ready |= unpacked(group, self.constants, self.made)
+        for name in layers:
+            self._products(name, f"{name}.weight")
+        for name, layer in coded.items():
+            self._weights(name, layer, factors.get(name), ready.get(name))
+        reads = {name: layer.reads for name, layer in layers.items() if layer.reads is not None}
+        self._marks({**reads, **sites})
         self._shorten()
         nodes = [*self.made, *self.graph.node]
         del self.graph.node[:]
         self.graph.node.extend(nodes)
 
-    def _shorten(self) -> None:
-        """Give the tensors between the nodes short names: the exporter's are paths, and most of a small file."""
-        short: dict[str, str] = {}
+    def _marks(self, reads: Mapping[str, Read]) -> None:
+        """Put nodes that quantize into the place of each mark."""
+        nodes: list[Any] = []
         for node in self.graph.node:
+            if node.domain != DOMAIN:
+                nodes.append(node)
+                continue
+            name = node.attribute[0].s.decode()
+            encoding = reads[name].encoding
+            assert encoding is not None
+            nodes += onnx_quantizers.nodes(name, encoding, node.input[0], node.output[0], self.constants)
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+
+    def _shorten(self) -> None:
+        """Number nodes and the tensors between them: the exporter's names are paths, and most of a small file."""
+        short: dict[str, str] = {}
+        for number, node in enumerate([*self.made, *self.graph.node]):
+            node.name = str(number)  # onnxruntime makes names of constants from it
             for i, name in enumerate(node.input):
                 node.input[i] = short.get(name, name)
             for i, name in enumerate(node.output):
@@ -172,86 +230,62 @@ class Graph:
             raise ConfigError(f"layer {name}: no product with its weights is in the graph; does forward call it?")
         return found
 
-    def _constant(self, name: str, values: Any) -> str:
-        from onnx import numpy_helper
-
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
-        return name
-
-    def _integers(self, name: str, values: Any, encoding: Encoding) -> str:
-        """A constant of the type of an encoding."""
-        from onnx import helper
-
-        dtype = helper.tensor_dtype_to_np_dtype(_type(encoding))
-        return self._constant(name, values.astype(np.int8 if encoding.q_min < 0 else np.uint8).astype(dtype))
-
-    def _weights(self, name: str, codes: Tensor, encoding: Encoding, factor: Tensor | None, integer: bool) -> None:
+    def _weights(self, name: str, layer: Coded, factor: Tensor | None, codes: str | None) -> None:
         """The weights of a layer as codes, behind nodes that make them numbers."""
         from onnx import helper
 
-        made: list[tuple[str, str | None]] = []
+        encoding = layer.weight
+        assert encoding is not None
+        assert layer.codes is not None
+        shape = list(layer.codes.shape)
+        if not encoding.bits:
+            size = self.constants.add(f"{name}.shape", np.array(shape, np.int64))
+            self.made.append(helper.make_node("ConstantOfShape", [size], [f"{name}.weight"]))
+            return
+        if codes is None:
+            codes = self.constants.integers(f"{name}.codes", layer.codes.numpy(), encoding)
+        eight = layer.reads is not None and layer.reads.bits == 8 == encoding.bits
+        if encoding.unit_offset:
+            self._shifted(name, codes, encoding, factor, len(shape))
+        else:
+            self._straight(name, codes, encoding, factor, len(shape), integer=self.integer and eight)
+
+    def _straight(
+        self, name: str, codes: str, encoding: Encoding, factor: Tensor | None, dims: int, *, integer: bool
+    ) -> None:
+        """Weights with a level at 0: codes times their step, times the factor of a folded norm."""
+        from onnx import helper
+
         step = encoding.step.cpu()
-        if factor is not None and integer and not encoding.offset:
+        if factor is not None and integer:
             step, factor = step * factor.double(), None
-        if encoding.offset:
-            lowest = (encoding.offset * encoding.scale.cpu()).numpy()
-            made.append(("Add", self._constant(f"{name}.lowest", _along(lowest, codes.dim()))))
-        if factor is not None:
-            made.append(("Mul", self._constant(f"{name}.factor", _along(factor.numpy(), codes.dim()))))
-        if not made and not integer:
-            made.append(("Sum", None))
-        names = [f"{name}.weight.{number}" for number in range(len(made))] + [f"{name}.weight"]
-        constants = [
-            self._integers(f"{name}.codes", codes.numpy(), encoding),
-            self._constant(f"{name}.step", step.float().numpy()),
-        ]
+        constants = [codes, self.constants.add(f"{name}.step", step.float().numpy())]
         axis: dict[str, Any] = {}
         if step.dim():  # onnxruntime puts a single zero point where none is given, and then refuses it
             axis["axis"] = 0
-            constants.append(self._integers(f"{name}.zero", np.zeros(len(step), np.int32), encoding))
-        self.made.append(helper.make_node("DequantizeLinear", constants, names[:1], **axis))
-        for number, (operator, constant) in enumerate(made):
-            inputs = names[number : number + 1] + ([constant] if constant else [])
-            self.made.append(helper.make_node(operator, inputs, names[number + 1 : number + 2]))
+            constants.append(self.constants.integers(f"{name}.zero", np.zeros(len(step), np.int32), encoding))
+        last = f"{name}.weight"
+        target = last if integer and factor is None else f"{name}.decoded"
+        self.made.append(helper.make_node("DequantizeLinear", constants, [target], **axis))
+        if factor is not None:
+            along = self.constants.add(f"{name}.factor", _along(factor.numpy(), dims))
+            self.made.append(helper.make_node("Mul", [target, along], [last]))
+        elif not integer:
+            self.made.append(helper.make_node("Sum", [target], [last]))
 
-    def _reads(self, name: str, products: list[Any], encoding: Encoding) -> None:
-        """Quantize what a layer reads, before each of its products."""
+    def _shifted(self, name: str, codes: str, encoding: Encoding, factor: Tensor | None, dims: int) -> None:
+        """Weights without a level at 0: codes on the scale of one, moved, then scaled for each channel or all."""
         from onnx import helper
 
-        if encoding.offset or encoding.scale.dim():
-            raise ConfigError(
-                f"layer {name}: its input has an offset or several scales; QuantizeLinear is written for one scale "
-                "around 0 only"
-            )
-        step = encoding.step.float().cpu().numpy()
-        scale = self._constant(f"{name}.input_step", step)
-        zero = self._integers(f"{name}.input_zero", np.zeros((), np.int32), encoding)
-        fills_type = (encoding.q_min, encoding.q_max) in ((-128, 127), (0, 255))
-        for number, product in enumerate(products):
-            prefix = f"{name}.input{number or ''}"
-            source = product.input[0]
-            nodes = []
-            if not fills_type:
-                low = self._constant(f"{prefix}.low", encoding.q_min * step)
-                high = self._constant(f"{prefix}.high", encoding.q_max * step)
-                nodes.append(helper.make_node("Clip", [source, low, high], [f"{prefix}.clipped"]))
-                source = f"{prefix}.clipped"
-            nodes.append(helper.make_node("QuantizeLinear", [source, scale, zero], [f"{prefix}.codes"]))
-            nodes.append(helper.make_node("DequantizeLinear", [f"{prefix}.codes", scale, zero], [f"{prefix}.read"]))
-            place = next(i for i, node in enumerate(self.graph.node) if node is product)
-            product.input[0] = f"{prefix}.read"
-            for node in nodes[::-1]:
-                self.graph.node.insert(place, node)
+        scale = encoding.scale.cpu() if factor is None else encoding.scale.cpu() * factor
+        step = self.constants.add(f"{name}.step", np.float32(encoding.unit_step))
+        offset = self.constants.add(f"{name}.offset", np.float32(encoding.unit_offset))
+        along = self.constants.add(f"{name}.scale", _along(scale.numpy(), dims))
+        self.made.append(helper.make_node("DequantizeLinear", [codes, step], [f"{name}.decoded"]))
+        self.made.append(helper.make_node("Add", [f"{name}.decoded", offset], [f"{name}.moved"]))
+        self.made.append(helper.make_node("Mul", [f"{name}.moved", along], [f"{name}.weight"]))
 
 
 def _along(values: Any, dims: int) -> Any:
     """A number, or numbers for the first of `dims` dimensions, in a shape that multiplies weights."""
     return values.reshape([-1, *[1] * (dims - 1)]) if values.ndim else values
-
-
-def _type(encoding: Encoding) -> int:
-    """ONNX's number of the integer type that holds an encoding's codes."""
-    from onnx import TensorProto
-
-    width, _ = storage(encoding.bits)
-    return int(TensorProto.DataType.Value(f"{'INT' if encoding.q_min < 0 else 'UINT'}{width}"))

@@ -27,7 +27,7 @@ def save_program(path: Path, model: nn.Module, input_shape: tuple[int, int, int]
     Raises:
         ConfigError: a quantizer without affine codes, or logits that are not the same bit by bit.
     """
-    twin = fixed(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin = fixed(model)
     images = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(twin, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from trainables.config import TrialConfig, merged, parse, resolve_bits
 from trainables.cost import LayerTable, size_bytes
 from trainables.fit import Session
 from trainables.layers import trace
-from trainables.method import Method
+from trainables.method import Method, Point
 
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {"method": "lsq"},
@@ -84,8 +84,11 @@ class Exported:
     @property
     def size_bytes(self) -> int:
         """As the search counts."""
-        point = self.method.points(self.model)[0]
-        return size_bytes(self.table, point.bits, extra_floats=point.extra_floats)
+        return self.size_of(self.method.points(self.model)[0])
+
+    def size_of(self, point: Point) -> int:
+        """As the search counts."""
+        return size_bytes(self.table, point.bits, extra_floats=point.extra_floats, output_share=point.output_share)
 
 
 def baseline(name: str, model: str, data: str, values: Mapping[str, Any]) -> Exported:

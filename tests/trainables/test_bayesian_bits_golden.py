@@ -29,7 +29,8 @@ from trainables.methods._gates import (
     penalties,
     probability_open,
 )
-from trainables.methods.bayesian_bits import Method, quantize_output
+from trainables.methods.bayesian_bits import Method
+from trainables.modules import quantize_output
 from trainables.optimizers import Optimizers
 from trainables.step import training_step
 

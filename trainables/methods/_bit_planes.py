@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainables.encoding import Encoding
 from trainables.modules import Quantizer
 
 MAX_PLANES = 8
@@ -92,6 +93,14 @@ class BitPlanes(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """The leaf itself."""
         return x
+
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Planes and sign as one code; 0 bits where all values `x` are zero."""
+        assert x is not None
+        if not bool(x.any()):
+            return Encoding(bits=0, q_min=0, q_max=0, scale=torch.ones(()))
+        steps = int(self.q_max)
+        return Encoding(bits=self.planes + 1, q_min=-steps, q_max=steps, scale=self.scale.clone(), divisor=float(steps))
 
     def _signs(self, planes: int) -> Tensor:
         return signed_place_values(planes, self.scale.device).to(self.scale.dtype)

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainables import world
 from trainables.cost import FLOAT_BITS
+from trainables.encoding import Dynamic, Encoding
 from trainables.methods._lean_layers import (
     PIECE,
     Layout,
@@ -160,6 +161,13 @@ class DynamicRange(Quantizer):
         self.running_largest.copy_(torch.where(unset, largest, self.running_largest.lerp(largest, MOMENTUM)))
         return largest, untouched
 
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Levels on the running range, or on that of the tensor at hand."""
+        codes: dict[str, Any] = {"bits": self.bits, "q_min": int(self.q_min), "q_max": int(self.q_max)}
+        if self.running:
+            return Encoding(**codes, scale=self.running_largest, divisor=float(self.q_max), multiplies_first=True)
+        return Dynamic(**codes, scale=self.clip_max.detach())
+
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape."""
         return self.encode(dense(x))[0]
@@ -234,6 +242,10 @@ class AsItComes(Quantizer):
         """Take the first width whose codes suffice for the distinct values of `x`."""
         values = x.unique().numel()
         self.set_bits(next((width for width in self.widths if values <= 2**width), FLOAT_BITS))
+
+    def encoding(self, x: Tensor | None = None) -> None:
+        """Nothing is rounded here."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""

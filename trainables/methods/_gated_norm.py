@@ -11,6 +11,7 @@ closed. Its statistics must come from channels as if none was pruned, and the ga
   output to those of the batch. Two convolutions a layer; a pruned channel emits `shift - scale * mean / sigma`.
 """
 
+import copy
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ class TrackedNorm(nn.modules.batchnorm._BatchNorm):
     running_var: Tensor
     num_batches_tracked: Tensor
     momentum: float
+    kind: type[nn.modules.batchnorm._BatchNorm]
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions."""
@@ -48,6 +50,7 @@ def _in_place_of(norm: Any, kind: type[Norm]) -> Norm:
     new = kind(norm.num_features, eps=norm.eps, momentum=norm.momentum, device="meta")
     new._parameters.update(norm._parameters)
     new._buffers.update(norm._buffers)
+    new.kind = type(norm)
     new.train(norm.training)
     return new
 
@@ -64,6 +67,13 @@ class GatedNorm(TrackedNorm):
         new.layer = (layer,)
         return new
 
+    @torch.no_grad()
+    def plain(self) -> nn.Module:
+        """A norm whose scale is that of the gates as they are, for exports."""
+        norm: Any = _in_place_of(self, self.kind)  # type: ignore[type-var]
+        norm.weight = nn.Parameter(self.weight * self.layer[0].weight_quantizer.channel_gates())  # type: ignore[operator]
+        return norm
+
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as in the norm that it replaces."""
         scale = self.weight * self.layer[0].weight_quantizer.channel_gates()  # type: ignore[operator]
@@ -76,6 +86,10 @@ class GatedNorm(TrackedNorm):
 
 class FoldedNorm(TrackedNorm):
     """Holds the parameters and statistics that a folded layer computes with; passes its input on."""
+
+    def plain(self) -> nn.Module:
+        """Nothing, for exports."""
+        return nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
@@ -136,6 +150,16 @@ class _Folded(nn.Module):
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * (counts / (counts - 1).clamp_min(1)), norm.momentum)
 
+    def multiplied_in(self) -> Any:
+        """A copy of this layer after `fold`."""
+        twin = copy.copy(self)
+        twin._parameters = {
+            name: None if p is None else nn.Parameter(p.clone()) for name, p in self._parameters.items()
+        }
+        if not self.static:
+            twin.fold()
+        return twin
+
     @torch.no_grad()
     def fold(self) -> None:
         """Multiply the norm into weight and bias for good, with its running statistics."""
@@ -149,9 +173,17 @@ class _Folded(nn.Module):
 class FoldedConv2d(_Folded, QuantizedConv2d):  # type: ignore[misc]
     """A quantized convolution without bias, and the batch norm behind it."""
 
+    def plain(self) -> nn.Module:
+        """The convolution with the norm multiplied in for good, for exports."""
+        return QuantizedConv2d(self.multiplied_in(), self.weight_quantizer, self.input_quantizer)
+
 
 class FoldedLinear(_Folded, QuantizedLinear):  # type: ignore[misc]
     """A quantized linear layer without bias, and the batch norm behind it."""
+
+    def plain(self) -> nn.Module:
+        """The layer with the norm multiplied in for good, for exports."""
+        return QuantizedLinear(self.multiplied_in(), self.weight_quantizer, self.input_quantizer)
 
 
 def folded(

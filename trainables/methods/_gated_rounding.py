@@ -53,12 +53,12 @@ def _resolved(dtype: torch.dtype) -> int:
     return sum(1 / (2**bits - 1) > torch.finfo(dtype).eps for bits in LEVELS)
 
 
-def _step(level: int, signed: bool) -> float:
+def level_step(level: int, signed: bool) -> float:
     """Width of one step of a level (0: that of 2 bits) over `clip_max`."""
     return (2 if signed else 1) / math.prod((3, *STEP_RATIOS[:level]))
 
 
-def _inside(dtype: torch.dtype) -> float:
+def range_end(dtype: torch.dtype) -> float:
     """The share of `clip_max` to clip at: the largest value must not round up to a code outside of the grid.
 
     The published 1 - 1e-7 is lost in float32, where three roundings can make a tie of it: 1 - 3e-7 there.
@@ -72,7 +72,7 @@ def _inside(dtype: torch.dtype) -> float:
 
 def _bounds(clip_max: Tensor, signed: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Lower and upper end of the range."""
-    high = clip_max * _inside(dtype)
+    high = clip_max * range_end(dtype)
     return -high if signed else torch.zeros_like(high), high
 
 
@@ -81,7 +81,7 @@ def _roundings(x: Tensor, clip_max: Tensor, signed: bool) -> list[Tensor]:
     clipped = torch.clamp(x, *_bounds(clip_max, signed, x.dtype))
     found = []
     for level in range(len(LEVELS)):
-        step = clip_max * _step(level, signed)
+        step = clip_max * level_step(level, signed)
         found.append((clipped / step).round() * step if level < _resolved(x.dtype) else clipped)
     return found
 
@@ -134,7 +134,7 @@ def _rounded(clipped: Tensor, clip_max: float, level: int, signed: bool) -> Tens
     """A new tensor: `clipped`, rounded at one level."""
     if level >= _resolved(clipped.dtype):
         return clipped.clone()
-    step = clip_max * _step(level, signed)
+    step = clip_max * level_step(level, signed)
     return clipped.div(step).round_().mul_(step)
 
 
@@ -142,7 +142,7 @@ def _eager_forward(
     x: Tensor, clip_max: float, chain: list[tuple[int, float, int]], signed: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The quantized `x`, and for each gate of the chain what it multiplies, the coarsest last."""
-    high = clip_max * _inside(x.dtype)
+    high = clip_max * range_end(x.dtype)
     clipped = x.clamp(-high if signed else 0.0, high)
     if len(chain) == 1 and chain[0][0] >= _resolved(x.dtype):
         return clipped, []
@@ -156,7 +156,7 @@ def _eager_forward(
 
 def _eager_backward(g: Tensor, x: Tensor, y: Tensor, clip_max: float, signed: bool) -> tuple[Tensor, Tensor]:
     """Gradients for `x` and for `clip_max`."""
-    high = clip_max * _inside(x.dtype)
+    high = clip_max * range_end(x.dtype)
     low = -high if signed else 0.0
     grad_x = torch.ops.aten.hardtanh_backward(g, x, low, high)  # g strictly inside the range, else 0, in one pass
     error = torch.ops.aten.hardtanh_backward(x, x, low, high)

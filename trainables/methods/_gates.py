@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from trainables import modules
 from trainables.cost import FLOAT_BITS
-from trainables.methods._gated_rounding import LEVELS, gated_quantize
+from trainables.encoding import Clipped, Encoding
+from trainables.methods._gated_rounding import LEVELS, gated_quantize, level_step, range_end
 from trainables.quantize import SMALLEST_SCALE
 
 GATED = LEVELS[1:]
@@ -149,9 +150,27 @@ class GatedQuantizer(modules.Quantizer):
         assert self.pruning_logits is not None
         return self._draw(self.pruning_logits)
 
+    def kept(self) -> Tensor | None:
+        """Which output channels tests keep, bool, shape (channels,); None: all."""
+        return None if self.pruning_logits is None else self.pruning_logits.detach() > OPEN_ABOVE
+
     def open_share(self) -> float:
         """Share of the output channels that tests keep."""
-        return 1.0 if self.pruning_logits is None else float((self.pruning_logits > OPEN_ABOVE).double().mean())
+        kept = self.kept()
+        return 1.0 if kept is None else float(kept.double().mean())
+
+    def encoding(self, x: Tensor | None = None) -> Encoding | None:
+        """Multiples of the step of the width that tests use; at 32 bits the range alone, or None for weights."""
+        bits, clip_max = self.bits, max(float(self.clip_max.detach()), SMALLEST_SCALE)
+        q_max = 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
+        q_min = -q_max if self.signed else 0
+        if bits < FLOAT_BITS:
+            step = level_step(LEVELS.index(bits), self.signed) * clip_max
+            return Encoding(bits=bits, q_min=q_min, q_max=q_max, scale=torch.tensor(step))
+        if x is not None or self.fixed_bits == UNQUANTIZED:
+            return None
+        end = clip_max * range_end(self.clip_max.dtype)
+        return Clipped(bits=bits, q_min=q_min, q_max=q_max, scale=torch.tensor(end))
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x`, any shape; channels first when they are pruned."""

@@ -116,6 +116,10 @@ class _OpenWhere(torch.autograd.Function):
 class LeanReLU(nn.ReLU):
     """A ReLU that keeps one bit a value for its backward pass; on a CPU, in the eager network."""
 
+    def plain(self) -> nn.Module:
+        """A ReLU of torch's, for exports."""
+        return nn.ReLU()
+
     def forward(self, x: Tensor) -> Tensor:
         """`max(x, 0)`, any shape."""
         return _OpenWhere.apply(x) if by_number(x) and torch.is_grad_enabled() else super().forward(x)

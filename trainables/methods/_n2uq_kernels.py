@@ -75,6 +75,11 @@ def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor, memory:
     return y.sub_(steps / 2).mul_(scale * (width / steps)), scale
 
 
+def entropy_levels(w: Tensor, q_max: Tensor, clip_range: Tensor) -> Tensor:
+    """Distance of the levels of each filter, in the units of `w`; shape (channels, 1, ...)."""
+    return _entropy_forward_eager(w, q_max, clip_range, Memory())[1] * (float(clip_range) / float(q_max))
+
+
 class _EntropyWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, q_max: Tensor, clip_range: Tensor, rescale: bool, memory: Memory) -> Tensor:

@@ -40,6 +40,7 @@ class SwitchableNorm(_BatchNorm, modules.NormSets):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         self.register_buffer("index", torch.zeros((), dtype=torch.long))
         self.shared_affine = shared_affine
+        self.kind = type(norm)
         for name, value in [*norm.named_parameters(), *norm.named_buffers()]:
             rows = value if shared_affine and name in ("weight", "bias") else torch.stack([value.data] * sets)
             parameter = isinstance(value, nn.Parameter)
@@ -101,6 +102,17 @@ class SwitchableNorm(_BatchNorm, modules.NormSets):
             ):
                 rows[row] = rows[source]
             self.num_batches_tracked[row] = 0
+
+    @torch.no_grad()
+    def plain(self) -> nn.Module:
+        """The batch norm in use, for exports."""
+        norm = self.kind(self.num_features, self.eps, self.momentum)
+        row = int(self.index)
+        for name, value in [*self.named_parameters(), *self.named_buffers()]:
+            if name != "index":
+                shared = self.shared_affine and name in ("weight", "bias")
+                getattr(norm, name).data.copy_(value if shared else value[row])
+        return norm
 
     def is_fed(self, row: int) -> bool:
         """Whether the set `row` has statistics of its own."""

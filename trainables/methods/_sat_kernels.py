@@ -187,7 +187,7 @@ def _round_signed(scheme: Scheme, u: Tensor, q_max: Tensor) -> Tensor:
 _ROUND_SIGNED = _for_each_scheme(_round_signed)
 
 
-def _factor(y: Tensor, target: Tensor) -> Tensor:
+def factor_for(y: Tensor, target: Tensor) -> Tensor:
     """What gives `y` the standard deviation `target`; 1 where all of `y` is equal."""
     spread = y.std()
     return torch.where(spread > 0, target / spread, 1.0)
@@ -206,7 +206,7 @@ class _RoundWeight(torch.autograd.Function):
         ctx.scaled = target is not None
         if target is None:
             return y
-        factor = _factor(y, target)
+        factor = factor_for(y, target)
         ctx.save_for_backward(factor)
         return y.mul_(factor)
 
@@ -234,7 +234,7 @@ def round_weight(u: Tensor, q_max: Tensor, target: Tensor | None, *, scheme: Sch
 class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, target: Tensor) -> Tensor:
-        factor = _factor(w, target)
+        factor = factor_for(w, target)
         ctx.save_for_backward(factor)
         return w * factor
 

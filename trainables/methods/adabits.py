@@ -149,6 +149,14 @@ class Stage(nn.Module):
         super().__init__()
         self.register_buffer("current", torch.zeros((), dtype=torch.long))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself: in an `nn.Sequential` this runs, too."""
+        return x
+
+    def plain(self) -> nn.Module:
+        """Nothing, for exports."""
+        return nn.Identity()
+
 
 STAGE = "stage_quantizer"
 """Where a model holds its `Stage`; the ending marks it as no part of the float network."""

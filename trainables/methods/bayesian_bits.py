@@ -172,7 +172,7 @@ class Method(Base):
             readers = self.flow.readers([tensor])
             quantizer = shared[bundles[readers[0]]] if readers else self._quantizer(signed=True, macs=None)
             quantizer.readers = 1
-            quantize_output(model.get_submodule(self._maker(tensor)), quantizer)
+            modules.quantize_output(model.get_submodule(self._maker(tensor)), quantizer)
 
     def _input_quantizer(self, bundle: tuple[int, ...], rows: Mapping[str, Layer]) -> GatedQuantizer:
         """The quantizer of tensors that layers read; one tensor that several read is quantized once."""
@@ -322,7 +322,7 @@ class Method(Base):
                 bits=bits,
                 output_share={name: share for name, share in output_share.items() if share < 1},
                 input_share={name: share for name, share in input_share.items() if share < 1},
-                extra_floats=sum(q.fixed_bits != UNQUANTIZED for q in quantizers(model)),
+                extra_floats=sum(q.fixed_bits != UNQUANTIZED for q in quantizers(model)) - _folded_channels(model),
             )
         ]
 
@@ -336,11 +336,6 @@ class Method(Base):
         return found
 
 
-def quantize_output(module: nn.Module, quantizer: GatedQuantizer) -> None:
-    """Let `module` quantize what it makes; the quantizer becomes its child `output_quantizer`."""
-    module.output_quantizer = quantizer
-    module.register_forward_hook(_through_output_quantizer)
-
-
-def _through_output_quantizer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return module.output_quantizer(output)  # type: ignore[operator]
+def _folded_channels(model: nn.Module) -> int:
+    """Channels of batch norms that are multiplied into weights: they store one number each, not two."""
+    return sum(module.num_features for module in model.modules() if isinstance(module, gated_norm.FoldedNorm))

@@ -248,7 +248,7 @@ class Method(Base):
             bits[name] = LayerBits(weight=layer.weight_quantizer.bits if live else 0, activation=activation)
         for module in model.modules():
             if isinstance(module, DynamicRange):
-                floats += isinstance(module.clip_max, nn.Parameter) + module.running
+                floats += module.running or isinstance(module.clip_max, nn.Parameter)
         return [Point(label="final", bits=bits, extra_floats=floats)]
 
     def details(self, model: nn.Module) -> Mapping[str, Mapping[str, Any]]:

@@ -45,10 +45,19 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from trainables import modules
 from trainables.cost import Bits, Layer, LayerTable
+from trainables.encoding import Encoding, Thresholds
 from trainables.errors import ConfigError, PluginError
 from trainables.method import Method as Base
-from trainables.methods._n2uq_kernels import Memory, entropy_weight, rprelu
-from trainables.methods._threshold_kernels import OUTPUT_RANGE, Prepared, knots, look_up, prepare, threshold_quantize
+from trainables.methods._n2uq_kernels import Memory, entropy_levels, entropy_weight, rprelu
+from trainables.methods._threshold_kernels import (
+    NARROWEST,
+    OUTPUT_RANGE,
+    Prepared,
+    knots,
+    look_up,
+    prepare,
+    threshold_quantize,
+)
 from trainables.methods.pact import LearnedClip
 from trainables.models import resnet20
 from trainables.quantize import SMALLEST_SCALE
@@ -83,6 +92,38 @@ class RPReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape with the channels at `dim`."""
         return rprelu(x, self.shift, self.slope, self.offset, self.dim)
+
+    def plain(self) -> nn.Module:
+        """The same of torch's operators, for exports."""
+        return PlainRPReLU(self)
+
+
+class PlainRPReLU(nn.Module):
+    """An RPReLU that exporters can follow, with the parameters of `source`."""
+
+    def __init__(self, source: RPReLU) -> None:
+        super().__init__()
+        self.dim = source.dim
+        self.shift, self.slope, self.offset = source.shift, source.slope, source.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape with the channels at `dim`."""
+        shape = [-1, *[1] * (x.dim() - 1 - self.dim % x.dim())]
+        moved = x + self.shift.view(shape)
+        kinked = torch.where(moved > 0, moved, moved * self.slope.view(shape))
+        return kinked + self.offset.view(shape)
+
+
+class Strided(nn.Module):
+    """Reads every so many pixels only."""
+
+    def __init__(self, stride: tuple[int, int]) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width)."""
+        return x[:, :, :: self.stride[0], :: self.stride[1]].contiguous(memory_format=torch.channels_last)
 
 
 class LearnedThresholds(modules.Quantizer):
@@ -140,6 +181,27 @@ class LearnedThresholds(modules.Quantizer):
             self.output_scale.copy_((reach / OUTPUT_RANGE).clamp_min(SMALLEST_SCALE))
             self.input_scale.copy_(1 / self.output_scale)
 
+    def before(self) -> nn.Module | None:
+        """Stride and activation."""
+        parts = [Strided(self.stride)] if self.stride != (1, 1) else []
+        return nn.Sequential(*parts, *([] if self.activation is None else [self.activation])) or None
+
+    @torch.no_grad()
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Thresholds of what is read, and the distance of the levels."""
+        level = self.output_scale.detach() * OUTPUT_RANGE / self.q_max
+        factor = self.input_scale.detach()
+        if 0 in (float(factor), float(level)):
+            raise ConfigError("one of its scales is 0, so that its codes do not depend on the input; train it again")
+        return Thresholds.of(
+            lambda read: (threshold_quantize(read, *self.arguments()) / level).round(),
+            near=self.thresholds / factor.abs(),
+            within=NARROWEST / 4 / float(factor.abs()),
+            falls=bool(factor < 0),
+            bits=self.bits,
+            scale=level,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape (4 dimensions with a stride)."""
         x = self._read(x)
@@ -181,6 +243,14 @@ class EntropyWeight(modules.Quantizer):
         self.rescale = rescale
         self.register_buffer("clip_range", torch.tensor(2.0), persistent=False)
         self._memory = Memory()
+
+    @torch.no_grad()
+    def encoding(self, x: Tensor | None = None) -> Encoding:
+        """Levels around 0, with a scale for each filter."""
+        assert x is not None
+        steps = int(self.q_max)
+        scale = entropy_levels(x, self.q_max, self.clip_range)
+        return Encoding(bits=self.bits, q_min=0, q_max=steps, scale=scale.flatten(), offset=-steps / 2)
 
     def forward(self, w: Tensor) -> Tensor:
         """The quantized weights, channels first."""

@@ -35,12 +35,14 @@ from torch import Tensor, nn
 
 from trainables import modules
 from trainables.cost import FLOAT_BITS, Bits, Layer, LayerTable
+from trainables.encoding import Bounded, Clipped, Encoding
 from trainables.method import Method as Base
 from trainables.method import read_bits, split_parameters
 from trainables.methods._sat_kernels import (
     FLOAT_CODES,
     Scheme,
     calibrated_clip,
+    factor_for,
     normalise,
     rescale_weight,
     round_weight,
@@ -84,6 +86,20 @@ class UnitQuantizer(modules.Quantizer):
         """Width in bits."""
         return round(torch.log2(self.q_max.double() + 1).item())
 
+    def _levels(self, scale: Tensor, *, two_sided: bool, scales_last: bool = False) -> Bounded:
+        """The levels of the scheme at the present width."""
+        top = int(self.q_max)
+        return Bounded(
+            bits=self.bits,
+            q_min=0,
+            q_max=top,
+            scale=scale,
+            two_sided=two_sided,
+            steps=top if self.scheme == "original" else top + 1,
+            middle=self.scheme == "centered",
+            scales_last=scales_last,
+        )
+
 
 class SatWeight(UnitQuantizer):
     """Weights normalised, rounded and, with a target, rescaled.
@@ -125,6 +141,16 @@ class SatWeight(UnitQuantizer):
         """What the normalised weights are multiplied by (s); shape ()."""
         return self(x).abs().max() / self._effective(x, None).abs().max()
 
+    @torch.no_grad()
+    def encoding(self, x: Tensor | None = None) -> Encoding | None:
+        """Levels of -1..1, then the scale; None at 32 bits."""
+        assert x is not None
+        if float(self.q_max) >= FLOAT_CODES:
+            return None
+        target = self._wanted(x)
+        scale = torch.ones(()) if target is None else factor_for(self._effective(x, None), target)
+        return self._levels(scale, two_sided=True, scales_last=True)
+
 
 class SatClip(UnitQuantizer):
     """Activations between 0 (signed: -clip_max) and a trained `clip_max` of either sign.
@@ -159,6 +185,15 @@ class SatClip(UnitQuantizer):
     def start(self, bound: Tensor) -> None:
         """Set the bound in use."""
         self.clip_max.copy_(bound)
+
+    def encoding(self, x: Tensor | None = None) -> Encoding | None:
+        """Levels up to the bound in use; at 32 bits the bound alone, or None."""
+        bound = self.level().detach().abs().clamp_min(SMALLEST_SCALE)
+        if float(self.q_max) < FLOAT_CODES:
+            return self._levels(bound, two_sided=self.signed)
+        if not self.clip_float:
+            return None
+        return Clipped(bits=FLOAT_BITS, q_min=-int(self.signed), q_max=1, scale=bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized activations, any shape."""
