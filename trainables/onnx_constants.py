@@ -54,6 +54,7 @@ class Constants:
     def __init__(self, graph: Any) -> None:
         self.graph = graph
         self.known: dict[tuple[Any, ...], str] = {}
+        self.names: set[str] = set()
 
     def add(self, name: str, values: Any) -> str:
         """The name of a constant: `name`, or that of an equal one."""
@@ -64,6 +65,7 @@ class Constants:
         if not name.endswith(OWN) and key in self.known:
             return self.known[key]
         self.graph.initializer.append(numpy_helper.from_array(values, name))
+        self.names.add(name)
         if values.size <= SMALL:
             self.known.setdefault(key, name)
         return name

@@ -18,7 +18,7 @@ from trainables import dataflow, modules, onnx_quantizers
 from trainables.coded import Coded, Read, scale_and_shift
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
-from trainables.onnx_constants import Constants, dense_groups, unpacked
+from trainables.onnx_constants import Constants, dense_groups, storage, unpacked
 
 INPUT, OUTPUT = "images", "logits"
 GRAPH_OPSET = 20
@@ -263,7 +263,8 @@ class Graph:
         axis: dict[str, Any] = {}
         if step.dim():  # onnxruntime puts a single zero point where none is given, and then refuses it
             axis["axis"] = 0
-            constants.append(self.constants.integers(f"{name}.zero", np.zeros(len(step), np.int32), encoding))
+            width = None if codes in self.constants.names else max(8, storage(encoding.bits)[0])  # as unpacked
+            constants.append(self.constants.integers(f"{name}.zero", np.zeros(len(step), np.int32), encoding, width))
         last = f"{name}.weight"
         target = last if integer and factor is None else f"{name}.decoded"
         self.made.append(helper.make_node("DequantizeLinear", constants, [target], **axis))
