@@ -243,6 +243,28 @@ def _float_of_order(order: "np.ndarray") -> "np.ndarray":
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dynamic(Encoding):
+    """Multiples of `largest / q_max`, where `largest` is the largest magnitude of the whole tensor at hand.
+
+    What a batch gives depends on all of its images, then. With `q_min` = 0, numbers are clipped to 0..`scale` first.
+    """
+
+    usual_scale: ClassVar[float] = 6.0
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The range of `x`, shape ()."""
+        if self.q_min < 0:
+            return torch.maximum(-x.amin(), x.amax())
+        return x.amax().clamp_min(0).minimum(self.scale)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """`x` at the nearest levels of its own range."""
+        largest = self.largest(x)
+        codes = (x * self.q_max) / torch.where(largest > 0, largest, 1.0)
+        return codes.clamp(self.q_min, self.q_max).round() / self.q_max * largest
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clipped(Encoding):
     """No codes: numbers are clipped to 0..`scale`, or with a `q_min` below 0 to `-scale..scale`."""
 
