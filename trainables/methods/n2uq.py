@@ -48,6 +48,7 @@ from trainables.cost import Bits, Layer, LayerTable
 from trainables.encoding import Encoding, Thresholds
 from trainables.errors import ConfigError, PluginError
 from trainables.method import Method as Base
+from trainables.methods._n2uq_exported import PlainRPReLU, Strided
 from trainables.methods._n2uq_kernels import Memory, entropy_levels, entropy_weight, rprelu
 from trainables.methods._threshold_kernels import (
     NARROWEST,
@@ -95,35 +96,7 @@ class RPReLU(nn.Module):
 
     def plain(self) -> nn.Module:
         """The same of torch's operators, for exports."""
-        return PlainRPReLU(self)
-
-
-class PlainRPReLU(nn.Module):
-    """An RPReLU that exporters can follow, with the parameters of `source`."""
-
-    def __init__(self, source: RPReLU) -> None:
-        super().__init__()
-        self.dim = source.dim
-        self.shift, self.slope, self.offset = source.shift, source.slope, source.offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape with the channels at `dim`."""
-        shape = [-1, *[1] * (x.dim() - 1 - self.dim % x.dim())]
-        moved = x + self.shift.view(shape)
-        kinked = torch.where(moved > 0, moved, moved * self.slope.view(shape))
-        return kinked + self.offset.view(shape)
-
-
-class Strided(nn.Module):
-    """Reads every so many pixels only."""
-
-    def __init__(self, stride: tuple[int, int]) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width)."""
-        return x[:, :, :: self.stride[0], :: self.stride[1]].contiguous(memory_format=torch.channels_last)
+        return PlainRPReLU(self.shift, self.slope, self.offset, self.dim)
 
 
 class LearnedThresholds(modules.Quantizer):
