@@ -1,4 +1,4 @@
-"""Parts of an N2UQ network as exports have them: the same numbers bit for bit, from operators that exporters can follow."""
+"""Parts of an N2UQ network as exports have them: the same numbers bit for bit, of operators that exporters know."""
 
 import torch
 from torch import Tensor, nn
