@@ -40,8 +40,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import MobileNetV2
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from trainables import modules
 from trainables.cost import Bits, Layer, LayerTable
@@ -50,6 +48,7 @@ from trainables.errors import ConfigError, PluginError
 from trainables.method import Method as Base
 from trainables.methods._n2uq_exported import PlainRPReLU, Strided
 from trainables.methods._n2uq_kernels import Memory, entropy_levels, entropy_weight, rprelu
+from trainables.methods._n2uq_places import RESIDUAL_BLOCKS, body_layers, is_shortcut, relus_before
 from trainables.methods._threshold_kernels import (
     NARROWEST,
     OUTPUT_RANGE,
@@ -60,7 +59,6 @@ from trainables.methods._threshold_kernels import (
     threshold_quantize,
 )
 from trainables.methods.pact import LearnedClip
-from trainables.models import resnet20
 from trainables.quantize import SMALLEST_SCALE
 from trainables.teachers import build_teacher, distillation_loss
 
@@ -70,8 +68,6 @@ if TYPE_CHECKING:
 MOST_BITS = 8
 CLIP_INIT = 2.0
 """Where the clip level in front of MobileNetV2's last convolution starts."""
-RESIDUAL_BLOCKS = (BasicBlock, Bottleneck, resnet20.BasicBlock)
-PASSED_BY_RPRELU = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Identity)
 
 
 class RPReLU(nn.Module):
@@ -321,7 +317,7 @@ class Method(Base):
                 value = getattr(settings, part.name)
                 if part.name.startswith("teacher_") and value != getattr(cls.Settings(), part.name):
                     yield f"method/{part.name} = {value!r}: has no effect without method/teacher; name one"
-        if not settings.quantize_downsample and not any(_is_shortcut(row.name) for row in table.quantizable):
+        if not settings.quantize_downsample and not any(is_shortcut(row.name) for row in table.quantizable):
             yield (
                 f"method/quantize_downsample = False: model {config.model.name!r} has no convolution in a shortcut; "
                 "leave it out"
@@ -333,8 +329,8 @@ class Method(Base):
     def prepare(self, model: nn.Module, table: LayerTable, bits: Bits) -> None:
         """Quantize the layers, put RPReLUs in front of them and after residual sums, and take ReLUs out."""
         rows = [row for row in table.quantizable if _is_quantized(row, self.settings)]
-        relus = _relus_before(model, {row.name for row in rows if not row.first})
-        bodies = _body_layers(model)
+        relus = relus_before(model, {row.name for row in rows if not row.first})
+        bodies = body_layers(model)
         clipped = f"features.{len(model.features) - 1}.0" if isinstance(model, MobileNetV2) else None
         for row in rows:
             layer: Any = model.get_submodule(row.name)
@@ -345,9 +341,7 @@ class Method(Base):
                 clip = PublishedClip if self.settings.as_published else LearnedClip
                 inputs = clip(bits[row.name].activation, signed=False, clip_init=CLIP_INIT)
             else:
-                through = (
-                    row.name in bodies or row.name in relus.values() or (row.signed and not _is_shortcut(row.name))
-                )
+                through = row.name in bodies or row.name in relus.values() or (row.signed and not is_shortcut(row.name))
                 inputs = self._thresholds(layer, bits[row.name].activation, through)
             weights = EntropyWeight(bits[row.name].weight, rescale=self.settings.as_published)
             new = modules.replace(model, row, weights, inputs)
@@ -441,47 +435,7 @@ def _teacher_of(settings: Any, classes: int, input_shape: tuple[int, int, int]) 
     )
 
 
-def _is_shortcut(layer: str) -> bool:
-    return "downsample" in layer.split(".")
-
-
 def _is_quantized(row: Layer, settings: Any) -> bool:
     if row.first or row.last:
         return bool(settings.quantize_ends)
-    return bool(settings.quantize_downsample) or not _is_shortcut(row.name)
-
-
-def _body_layers(model: nn.Module) -> set[str]:
-    """Names of the convolutions in the bodies of residual blocks, shortcuts left out."""
-    return {
-        f"{name}.{part}"
-        for name, block in model.named_modules()
-        if type(block) in (*RESIDUAL_BLOCKS, InvertedResidual)
-        for part, module in block.named_modules()
-        if isinstance(module, nn.Conv2d) and not _is_shortcut(part)
-    }
-
-
-def _relus_before(model: nn.Module, layers: set[str]) -> dict[str, str]:
-    """ReLUs within an `nn.Sequential` that one of `layers` follows, with nothing but `PASSED_BY_RPRELU` between."""
-    found = {}
-    for name, sequence in model.named_modules():
-        if isinstance(sequence, nn.Sequential):
-            waiting: str | None = None
-            for part, module in _in_order(sequence, f"{name}." if name else ""):
-                if isinstance(module, nn.ReLU | nn.ReLU6):
-                    waiting = part
-                elif not isinstance(module, PASSED_BY_RPRELU):
-                    if waiting is not None and part in layers:
-                        found[waiting] = part
-                    waiting = None
-    return found
-
-
-def _in_order(sequence: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a sequence as they run, those of sequences within it in their place."""
-    for key, module in sequence._modules.items():
-        if isinstance(module, nn.Sequential):
-            yield from _in_order(module, f"{prefix}{key}.")
-        elif module is not None:
-            yield f"{prefix}{key}", module
+    return bool(settings.quantize_downsample) or not is_shortcut(row.name)
