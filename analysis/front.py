@@ -6,7 +6,7 @@ sweeps share a front when their records have the key `run`; accuracies on differ
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import pareto
-from analysis.pick import limited_columns, pick
-from analysis.rows import complete_rows
+from analysis.pick import limited_columns, parsed, pick
+from analysis.rows import OBJECTIVES, complete_rows, own_columns
 from analysis.tradeoff import balanced
 
 COLUMNS = (
@@ -56,14 +56,21 @@ class Front:
         objectives: name to direction, in the order of the search.
         rows: all complete points with everything their records say, in the order of finish.
         on_front: bool, one for each of `rows`.
+        reference: worst values that count for the hypervolume, by objective; see `analysis.pareto.scaled`.
     """
 
     objectives: Mapping[str, str]
     rows: pd.DataFrame
     on_front: np.ndarray
+    reference: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]] | pd.DataFrame, objectives: Mapping[str, str]) -> "Front":
+    def of(
+        cls,
+        records: Iterable[Mapping[str, Any]] | pd.DataFrame,
+        objectives: Mapping[str, str],
+        reference: Mapping[str, float] | None = None,
+    ) -> "Front":
         """The front of all complete records.
 
         Records that are not complete, or lack an objective other than the accuracy, are left out.
@@ -72,6 +79,7 @@ class Front:
             records: one mapping or row for each point, of one sweep or of several (then with `run`), with at least
                 `status`, `trial`, `accuracy` (0..1) and the objectives.
             objectives: name to direction, such as `{"accuracy": "max", "bops": "min"}`.
+            reference: worst values that count for the hypervolume, by objective; None takes the shared ones.
 
         Raises:
             ValueError: an unknown objective, a missing column, a complete record without accuracy, or several data
@@ -81,7 +89,8 @@ class Front:
         data = sorted(set(rows["data"].dropna())) if "data" in rows else []
         if len(data) > 1:
             raise ValueError(f"records are of {', '.join(data)}: accuracies compare on one data set, make a front each")
-        return cls(objectives=dict(objectives), rows=rows, on_front=_front_mask(rows, objectives))
+        mask = _front_mask(rows, objectives)
+        return cls(objectives=dict(objectives), rows=rows, on_front=mask, reference=dict(reference or {}))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each point of the front, by falling accuracy (then fewer BOPs, fewer bytes, smaller trial).
@@ -98,12 +107,12 @@ class Front:
         """Hypervolume of the front: 0..1 with the reference point that all sweeps share, see `analysis.pareto`.
 
         Args:
-            reference: the worst value of each objective that counts, in its own unit; None takes the shared one.
+            reference: the worst value of an objective that counts, in its own unit; None takes the front's own.
 
         Raises:
-            ValueError: loss is an objective and there is no reference, or the rows lack `relative_bops`.
+            ValueError: an objective has no upper end and no reference, or the rows lack `relative_bops`.
         """
-        values, worst = pareto.scaled(self.rows, self.objectives, reference)
+        values, worst = pareto.scaled(self.rows, self.objectives, self.reference if reference is None else reference)
         return pareto.hypervolume(values[self.on_front], worst)
 
     def pick(
@@ -115,23 +124,26 @@ class Front:
         min_accuracy: float | None = None,
         within: float | None = None,
         weights: Mapping[str, float] | None = None,
+        limits: Sequence[str] = (),
     ) -> pd.Series:
         """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
 
         A limit on something that was not searched for is honoured too: it then counts as a further objective, so that
         no point is overlooked. Limits, `within`, `weights` and errors as in `analysis.pick`.
         """
-        limits = {
+        given = {
             "max_bops": max_bops,
             "max_relative_bops": max_relative_bops,
             "max_size_bytes": max_size_bytes,
             "min_accuracy": min_accuracy,
         }
-        needed = [*limited_columns(**limits), *(("accuracy", "bops") if weights is None else weights)]
+        own = {limit.column: "min" if limit.at_most else "max" for limit in map(parsed, limits)}
+        needed = [*limited_columns(**given), *(("accuracy", "bops") if weights is None else weights)]
         wanted = dict.fromkeys(name for name in needed if name in self.rows)
         further = {name: "max" if name == "accuracy" else "min" for name in wanted if name not in self.objectives}
+        further |= {name: way for name, way in own.items() if name in self.rows and name not in self.objectives}
         front = Front.of(self.rows, {**self.objectives, **further}) if further else self
-        return pick(front.to_pandas(), **limits, within=within, weights=weights)
+        return pick(front.to_pandas(), **given, within=within, weights=weights, limits=limits)
 
     def knee(self) -> pd.Series:
         """The point behind which each objective gains little for what the others lose, see `analysis.tradeoff`.
@@ -139,7 +151,8 @@ class Front:
         Raises:
             ValueError: the front is empty.
         """
-        return pick(self.to_pandas(), weights=balanced(self.objectives))
+        known = [name for name in self.objectives if name in OBJECTIVES]  # what others are worth, nobody said
+        return pick(self.to_pandas(), weights=balanced(known or ["accuracy"]))
 
     def marks(self) -> dict[str, int]:
         """Positions in `to_pandas` of the points that people ask for by name; none for an empty front.
@@ -188,7 +201,10 @@ class Front:
 
     def _points(self, mask: np.ndarray) -> pd.DataFrame:
         shown = {name: name in self.rows for name in _OPTIONAL} | {"loss": "loss" in self.objectives}
-        points = self.rows[mask].reindex(columns=[name for name in COLUMNS if shown.get(name, True)])
+        columns = [name for name in COLUMNS if shown.get(name, True)]
+        own = [name for name in dict.fromkeys([*self.objectives, *own_columns(self.rows)]) if name not in columns]
+        place = columns.index("bits")
+        points = self.rows[mask].reindex(columns=[*columns[:place], *own, *columns[place:]])
         return points.sort_values(
             ["accuracy", "bops", "size_bytes", "trial"],
             ascending=[False, True, True, True],
@@ -279,6 +295,7 @@ def _readable(points: pd.DataFrame) -> pd.DataFrame:
     """The columns that tell points apart, as text with units."""
     telling = [name for name in ("run", "method", "model", "point") if name in points and points[name].nunique() > 1]
     text = points[[name for name in ("run", "trial", "point", "method", "model") if name in ("trial", *telling)]].copy()
+    own = [str(name) for name in points if name not in COLUMNS]
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "accuracy": ("accuracy", lambda value: f"{100 * value:.2f} %"),
         "test_accuracy": ("test accuracy", lambda value: f"{100 * value:.2f} %"),
@@ -286,6 +303,7 @@ def _readable(points: pd.DataFrame) -> pd.DataFrame:
         "relative_bops": ("relative BOPs", lambda value: f"{_three_digits(100 * value)} %"),
         "bops": ("BOPs", human_count),
         "size_bytes": ("size", human_bytes),
+        **{name: (name, lambda value: f"{value:.4g}") for name in own},
         "bits": ("bits", _elided),
         "source": ("source", str),
     }

@@ -12,7 +12,7 @@ to 0 (ideal) .. 1 (the reference), and the hypervolume lies within 0..1:
     accuracy                1 - accuracy                    1.0 is a network that is never right
     bops, relative_bops     relative_bops                   1.0 is the network at 32 x 32 bits
     size_bytes              size_bytes / float_size_bytes   1.0 is the network stored as 32-bit floats
-    loss                    has no upper end: give a reference
+    loss, own measures      have no upper end: give a reference
 
 `float_size_bytes` is an optional key of a record. A row without it is divided by the largest size in the frame
 instead; such hypervolumes compare within that frame only.
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.rows import check_objectives, complete_rows, numbers
+from analysis.rows import OBJECTIVES, check_objectives, complete_rows, numbers, own_columns
 
 
 def non_dominated(values: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def oriented(frame: pd.DataFrame, objectives: Mapping[str, str]) -> np.ndarray:
     >>> oriented(pd.DataFrame({"accuracy": [0.9, 0.8], "bops": [20, 10]}), {"accuracy": "max", "bops": "min"}).tolist()
     [[-0.9, 20.0], [-0.8, 10.0]]
     """
-    objectives = check_objectives(objectives)
+    objectives = check_objectives(objectives, own_columns(frame))
     _require(frame, *objectives)
     return numbers(frame, list(objectives)) * _signs(objectives)
 
@@ -102,21 +102,35 @@ def scaled(
     Args:
         frame: complete rows.
         objectives: name to direction.
-        reference: the worst value of each objective that still counts, in the objective's own unit (an accuracy as
-            an accuracy); None takes the reference that all sweeps share, see the module.
+        reference: the worst value of an objective that still counts, in the objective's own unit (an accuracy as an
+            accuracy), which is then the unit of its column; the others take the reference that all sweeps share, see
+            the module.
 
     Returns:
         columns, shape (rows, objectives), and reference, shape (objectives,).
 
     Raises:
-        ValueError: a column is missing, the reference names other objectives, or there is none for the loss.
+        ValueError: a column is missing, the reference names other objectives, or there is none for the loss or for a
+            person's own measure.
     """
-    objectives = check_objectives(objectives)
-    if reference is None:
-        return np.column_stack([_share(frame, name) for name in objectives]), np.ones(len(objectives))
-    if set(reference) != set(objectives):
-        raise ValueError(f"reference has {', '.join(reference) or 'nothing'}: give {', '.join(objectives)}")
-    return oriented(frame, objectives), np.array([reference[name] for name in objectives]) * _signs(objectives)
+    objectives = check_objectives(objectives, own_columns(frame))
+    reference = reference or {}
+    if not set(reference) <= set(objectives):
+        raise ValueError(f"reference has {', '.join(reference)}: give {', '.join(objectives)}")
+    given = oriented(frame, objectives) if reference else None
+    columns = [_share(frame, n) if n not in reference else given[:, i] for i, n in enumerate(objectives)]  # type: ignore[index]
+    worst = [reference.get(name, sign) * sign for name, sign in zip(objectives, _signs(objectives), strict=True)]
+    return np.column_stack(columns), np.array(worst)
+
+
+def bounded(objectives: Mapping[str, str], reference: Mapping[str, float] | None = None) -> bool:
+    """Whether there is a reference for every objective, so that a front has a hypervolume.
+
+    >>> bounded({"accuracy": "max", "bops": "min"}), bounded({"loss": "min"}), bounded({"loss": "min"}, {"loss": 2.3})
+    (True, False, True)
+    """
+    shared = set(OBJECTIVES) - {"loss"}
+    return all(name in shared or name in (reference or {}) for name in objectives)
 
 
 def hypervolume_history(
@@ -158,8 +172,8 @@ def hypervolume_history(
 
 def _share(frame: pd.DataFrame, name: str) -> np.ndarray:
     """An objective as a share of what the worst network counts as, see the module; shape (rows,), 0 is ideal."""
-    if name == "loss":
-        raise ValueError("objective loss has no upper end: give a reference for every objective, such as loss = 2.3")
+    if name not in OBJECTIVES or name == "loss":
+        raise ValueError(f"objective {name} has no upper end: give a reference for it, such as {name} = 2.3")
     if name in ("bops", "relative_bops"):
         _require(frame, "relative_bops")
         return numbers(frame, ["relative_bops"])[:, 0]

@@ -4,7 +4,8 @@ Limits say which points may be taken; what is left to decide is decided by one r
 """
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -36,7 +37,7 @@ class _Limit:
         """By which share of the limit each row misses it; 0 where it is met."""
         column = numbers(frame, [self.column])[:, 0]
         missed = column - value if self.at_most else value - column
-        return np.maximum(missed, 0) / max(value, 1e-12)
+        return np.maximum(missed, 0) / max(abs(value), 1e-12)
 
 
 def _count(value: float) -> str:
@@ -75,6 +76,38 @@ _LIMITS = (
 )
 
 
+def parsed(text: str) -> _Limit:
+    """The limit that `NAME<=VALUE` or `NAME>=VALUE` speaks of; its value is `bound(text)`.
+
+    Raises:
+        ValueError: it is written otherwise, or the value is no finite number.
+
+    >>> parsed("latency<=12.5").column, bound("latency<=12.5")
+    ('latency', 12.5)
+    """
+    name, sign, value = re.split("(<=|>=)", text, maxsplit=1) if re.search("<=|>=", text) else (text, "", "")
+    try:
+        finite = math.isfinite(float(value))
+    except ValueError:
+        finite = False
+    if not name.strip() or not finite:
+        raise ValueError(f"limit {text!r}: write NAME<=VALUE or NAME>=VALUE, such as latency<=12.5")
+    best = "the least is" if sign == "<=" else "the most is"
+    argument = f"{name.strip()} {sign}"
+    return _Limit(
+        argument=argument,
+        column=name.strip(),
+        at_most=sign == "<=",
+        best=best,
+        words=lambda x: f"{name.strip()} {x:.6g}",
+    )
+
+
+def bound(text: str) -> float:
+    """The value of a limit that `parsed` takes."""
+    return float(re.split("<=|>=", text, maxsplit=1)[1])
+
+
 def pick(
     front_frame: pd.DataFrame,
     *,
@@ -84,6 +117,7 @@ def pick(
     min_accuracy: float | None = None,
     within: float | None = None,
     weights: Mapping[str, float] | None = None,
+    limits: Sequence[str] = (),
 ) -> pd.Series:
     """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
 
@@ -98,6 +132,7 @@ def pick(
         min_accuracy: 0..1.
         within: the fewest BOPs among the points whose accuracy is at most this much below that of the best, 0..1.
         weights: the smallest score of `tradeoff.scores`, scaled on the whole front; `tradeoff.balanced` gives the knee.
+        limits: on any other column of numbers, as `latency<=12.5`.
 
     Raises:
         ValueError: a limit is negative, not finite, or a share above 1; the frame lacks its column; both rules; or
@@ -109,7 +144,7 @@ def pick(
         limit: float(value)
         for limit, value in zip(_LIMITS, (max_bops, max_relative_bops, max_size_bytes, min_accuracy), strict=True)
         if value is not None
-    }
+    } | {parsed(text): bound(text) for text in limits}
     _check(front_frame, given, within, weights)
     fits = _fitting(front_frame, given)
     if not fits.any():
@@ -151,7 +186,7 @@ def _check(
     if weights is not None:
         check_weights(weights)
     for limit, value in given.items():
-        if not (math.isfinite(value) and value >= 0):
+        if limit in _LIMITS and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{limit.argument} = {value:g}: give a number >= 0")
         if limit.column in ("accuracy", "relative_bops") and value > 1:
             raise ValueError(f"{limit.argument} = {value:g}: give a share within 0..1 (5 % is 0.05)")
@@ -196,6 +231,8 @@ def _nearest_together(frame: pd.DataFrame, given: dict[_Limit, float]) -> str:
 
 
 def _say(limit: _Limit, value: float) -> str:
+    if limit not in _LIMITS:
+        return f"{limit.argument} {value:g}"
     return f"{limit.argument} = {value:g}" if value < 1 else f"{limit.argument} = {_count(value)}"
 
 

@@ -16,6 +16,7 @@ from analysis import comparison, confidence
 from analysis.caveats import caveats
 from analysis.front import Front, human_bytes, human_count, short_bits
 from analysis.page import COLORS, Page, color, panels, table
+from analysis.pareto import bounded
 from analysis.swept import Swept, groups
 
 MARKS = {"knee": "Knee", "most-accurate": "Most accurate", "fewest-bops": "Fewest BOPs", "smallest": "Smallest"}
@@ -68,7 +69,7 @@ def _content(sweeps: Sequence[Swept]) -> _Content:
     order = [sweep for members in grouped.values() for sweep in members]
     rows = [{**row, "run": number} for number, sweep in enumerate(order) for row in sweep.records]
     objectives = sweeps[0].objectives
-    front = Front.of(rows, objectives)
+    front = Front.of(rows, objectives, sweeps[0].reference)
     if not len(front):
         raise ValueError(f"there is nothing to report: no trial is complete in {', '.join(s.folder for s in sweeps)}")
     series = {id(sweep): number for number, members in enumerate(grouped.values()) for sweep in members}
@@ -124,7 +125,8 @@ def _lead(content: _Content) -> str:
     head = (
         f"{parts[0]} on {parts[1]}, {parts[2]}: {len(content.front)} points on the front of {trials} completed trials"
     )
-    volume = "" if "loss" in content.front.objectives else f", hypervolume {content.front.hypervolume():.4f}"
+    front = content.front
+    volume = f", hypervolume {front.hypervolume():.4f}" if bounded(front.objectives, front.reference) else ""
     return head + (f" in {len(sweeps)} sweeps" if len(sweeps) > 1 else "") + volume + "."
 
 

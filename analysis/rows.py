@@ -6,7 +6,7 @@ accuracy to compare. Records come as they were read, from one sweep or several (
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,12 @@ OBJECTIVES = {"accuracy": "max", "loss": "min", "bops": "min", "relative_bops": 
 _COUNTS = ("trial", "bops", "size_bytes", "macs", "seed")
 
 
-def check_objectives(objectives: Mapping[str, str]) -> dict[str, str]:
+def check_objectives(objectives: Mapping[str, str], own: Collection[str] = ()) -> dict[str, str]:
     """The objectives as they were given, in their order.
+
+    Args:
+        objectives: name to direction.
+        own: further names that are allowed, in either direction: a person's own measures.
 
     Raises:
         ValueError: there are none, one is unknown, or a direction is wrong.
@@ -30,9 +34,14 @@ def check_objectives(objectives: Mapping[str, str]) -> dict[str, str]:
     if not objectives:
         raise ValueError(f"objectives are empty: give at least one of {', '.join(OBJECTIVES)}")
     for name, direction in objectives.items():
+        if name in own and name not in OBJECTIVES:
+            if direction not in ("max", "min"):
+                raise ValueError(f"objective {name} = {direction!r}: its direction is 'max' or 'min'")
+            continue
         if name not in OBJECTIVES:
-            near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(OBJECTIVES)}"
+            allowed = [*OBJECTIVES, *own]
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
             raise ValueError(f"unknown objective {name!r}; {hint}")
         if direction != OBJECTIVES[name]:
             raise ValueError(f"objective {name} = {direction!r}: its direction is {OBJECTIVES[name]!r}")
@@ -42,7 +51,8 @@ def check_objectives(objectives: Mapping[str, str]) -> dict[str, str]:
 def complete_rows(records: Iterable[Mapping[str, Any]] | pd.DataFrame, objectives: Mapping[str, str]) -> pd.DataFrame:
     """The complete points, one row each, by `finished_at`, then `trial`, then as they came.
 
-    Rows of another status are left out, and so are rows whose objectives other than accuracy are missing or infinite.
+    Rows of another status are left out, and so are rows whose objectives other than accuracy are missing or infinite;
+    and those that break a limit of their sweep (`within_limits` is false), as long as there are others.
 
     Args:
         records: mappings or a frame with `status`, `trial`, `accuracy` (0..1) and a column for each objective.
@@ -51,8 +61,8 @@ def complete_rows(records: Iterable[Mapping[str, Any]] | pd.DataFrame, objective
     Raises:
         ValueError: a column is missing, or a complete row has no accuracy within 0..1.
     """
-    objectives = check_objectives(objectives)
     frame = records if isinstance(records, pd.DataFrame) else pd.DataFrame([dict(record) for record in records])
+    objectives = check_objectives(objectives, own=() if frame.empty else own_columns(frame))
     wanted = list(dict.fromkeys(["status", "trial", "accuracy", *objectives]))
     if frame.empty:
         return frame.reindex(columns=list(dict.fromkeys([*frame.columns, "status", "trial", *OBJECTIVES])))
@@ -62,7 +72,16 @@ def complete_rows(records: Iterable[Mapping[str, Any]] | pd.DataFrame, objective
     frame = frame[frame["status"] == "complete"].copy()
     _check_accuracy(frame)
     frame = frame[np.isfinite(numbers(frame, list(objectives))).all(axis=1)]
+    if "within_limits" in frame:
+        within = frame["within_limits"].ne(False)
+        frame = frame[within] if within.any() else frame
     return _in_order(_counts_as_integers(frame))
+
+
+def own_columns(frame: pd.DataFrame) -> list[str]:
+    """Names of a person's own measures: what the records list under `measures`."""
+    listed = frame.get("measures", ())
+    return list(dict.fromkeys(name for names in listed if isinstance(names, list | np.ndarray) for name in names))
 
 
 def numbers(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:

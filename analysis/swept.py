@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.front import Front
-from analysis.pareto import hypervolume_history
+from analysis.pareto import bounded, hypervolume_history
 
 UNASKED = ("seed", "data_root", "download", "workers", "concurrent", "cpus_per_worker", "gpus_per_worker", "train")
 """Fields of a sweep that do not belong to its question: where and how it ran, and the seed."""
@@ -41,6 +41,11 @@ class Swept:
         return dict(self.description["objectives"])
 
     @property
+    def reference(self) -> dict[str, float]:
+        """Worst values that count for the hypervolume, of the objectives that were given one."""
+        return dict((self.description.get("sweep") or {}).get("reference") or {})
+
+    @property
     def asked(self) -> dict[str, Any]:
         """The fields of the sweep, settings by address among them."""
         fields = dict(self.description.get("sweep") or self.description)
@@ -50,12 +55,13 @@ class Swept:
     @cached_property
     def front(self) -> Front:
         """The front of this sweep alone."""
-        return Front.of(self.records, self.objectives)
+        return Front.of(self.records, self.objectives, self.reference)
 
     @cached_property
     def history(self) -> pd.DataFrame | None:
-        """Hypervolume after each completed trial; None where the loss is an objective, which has no worst value."""
-        return None if "loss" in self.objectives else hypervolume_history(self.records, self.objectives)
+        """Hypervolume after each completed trial; None where an objective has no worst value, as the loss."""
+        known = bounded(self.objectives, self.reference)
+        return hypervolume_history(self.records, self.objectives, self.reference) if known else None
 
     def count(self, status: str) -> int:
         """Trials that ended with this status."""

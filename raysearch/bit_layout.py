@@ -17,7 +17,7 @@ from raysearch.proposals import Space, choices
 from trainables.cost import INPUT_BITS, Layer
 
 COSTS = {"bops": "bops", "relative_bops": "bops", "size_bytes": "size_bytes"}
-"""Objectives whose value follows from the widths, and the sum that it is proportional to."""
+"""Objectives whose value follows from the widths, and the sum that it is proportional to; a table is its own sum."""
 KINDS = ("bops", "size_bytes")
 ROLES = ("weight", "activation")
 AT_ENDS = 4.0
@@ -49,6 +49,8 @@ class BitLayout:
         fixed: layer -> [weight bits, activation bits] where the space says nothing; 8 by default.
         limits: of objectives among `COSTS`, the largest that is allowed: 0 is the cost of the narrowest widths, 1 that
             of the widest.
+        tables: further costs that are sums over layers: name -> (layers, weight bits, activation bits).
+        bounds: of costs among `tables`, the largest sum that is allowed.
 
     Attributes:
         addresses: the columns.
@@ -63,7 +65,11 @@ class BitLayout:
         layers: Sequence[Layer],
         fixed: Mapping[str, Sequence[int]] | None = None,
         limits: Mapping[str, float] | None = None,
+        tables: Mapping[str, np.ndarray] | None = None,
+        bounds: Mapping[str, float] | None = None,
     ) -> None:
+        self._tables = dict(tables or {})
+        self.kinds = (*KINDS, *self._tables)
         self.addresses = [name for name in space if name.startswith("bits/")]
         self.widths = [np.array(sorted(choices(space[name], limit=64)), dtype=float) for name in self.addresses]
         self._macs = np.array([layer.macs for layer in layers], dtype=float)
@@ -76,13 +82,20 @@ class BitLayout:
         widest = self.extreme(-1)
         self._last = np.array([len(widths) - 1 for widths in self.widths])
         self._table = np.array([np.pad(w, (0, self._last.max() + 1 - len(w)), mode="edge") for w in self.widths])
-        self.scales = {kind: float(self._amount(kind, widest[None])[0]) for kind in KINDS}
-        self._shares = dict.fromkeys(KINDS, 1.0)
+        self.groups = self._grouped()
+        self.scales = {kind: float(self.amount(kind, widest[None])[0]) for kind in KINDS}
+        for kind in self._tables:  # where fewer bits may cost more, the largest sum is not that of the widest
+            most = [float(np.ptp(group.amounts[kind]) + group.amounts[kind].min()) for group in self.groups]
+            here = [float(self._at(group, kind, widest)) for group in self.groups]
+            largest = float(self.amount(kind, widest[None])[0]) + sum(most) - sum(here)
+            self.scales[kind] = max(largest, TINY)
+        self._shares = dict.fromkeys(self.kinds, 1.0)
+        for kind, bound in (bounds or {}).items():
+            self._shares[kind] = min(1.0, bound / self.scales[kind])
         for name, limit in (limits or {}).items():
             kind = COSTS[name]
             least = float(self.cost({kind: 1.0}, self.extreme(0)[None])[0])
             self._shares[kind] = min(self._shares[kind], least + limit * (1 - least))
-        self.groups = self._grouped()
 
     def _column(self, layer: Layer, role: str, fixed: Mapping[str, Sequence[int]]) -> int:
         """The column that sets this width: by name, else by the longest pattern, else a constant behind the others."""
@@ -109,7 +122,7 @@ class BitLayout:
     def cost(self, blend: Blend, bits: np.ndarray) -> np.ndarray:
         """Weighted cost of rows of widths, 0..1, (n,)."""
         return sum(
-            (weight / self.scales[kind] * self._amount(kind, bits) for kind, weight in blend.items()),
+            (weight / self.scales[kind] * self.amount(kind, bits) for kind, weight in blend.items()),
             start=np.zeros(len(bits)),
         )
 
@@ -122,12 +135,21 @@ class BitLayout:
         within = [self.cost({kind: 1.0}, bits) <= share + ROUNDING for kind, share in self._shares.items()]
         return bits[np.logical_and.reduce(within)]
 
-    def _amount(self, kind: str, bits: np.ndarray, layers: slice | np.ndarray = slice(None)) -> np.ndarray:
+    def amount(self, kind: str, bits: np.ndarray, layers: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """Sum of a cost over layers for rows of widths, (n,): BOPs, bytes of weights, or that of a table."""
         wide = np.concatenate([bits, np.broadcast_to(self._constants, (len(bits), len(self._constants)))], axis=1)
         weight, activation = (wide[:, columns[layers]] for columns in self._reach)
         if kind == "bops":
             return (weight * activation) @ self._macs[layers]
-        return weight @ self._weights[layers] / 8
+        if kind == "size_bytes":
+            return np.ceil(weight * self._weights[layers] / 8).sum(axis=1)
+        places = np.arange(len(self._macs))[layers]
+        return self._tables[kind][places, weight.astype(int), activation.astype(int)].sum(axis=1)
+
+    @staticmethod
+    def _at(group: _Group, kind: str, row: np.ndarray) -> float:
+        """What a group costs at a row of widths that is among its options."""
+        return group.amounts[kind][(group.options == row[group.columns]).all(axis=1).argmax()]
 
     def _grouped(self) -> list[_Group]:
         """Columns joined where they share a layer."""
@@ -149,7 +171,7 @@ class BitLayout:
         rows = np.tile(self.extreme(0), (len(options), 1))
         rows[:, columns] = options
         touched = np.flatnonzero(np.isin(self._reach, columns).any(axis=0))
-        amounts = {kind: self._amount(kind, rows, touched) for kind in self.scales}
+        amounts = {kind: self.amount(kind, rows, touched) for kind in self.kinds}
         return _Group(columns=columns, options=options, amounts=amounts)
 
     def best(self, sensitivities: np.ndarray, blend: Blend, count: int) -> np.ndarray:

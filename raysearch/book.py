@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from analysis.front import Front
 from raysearch.keep import Keeper
 from raysearch.ledger import Ledger, Proposal
+from raysearch.limits import broken, excesses
 from raysearch.records import SCHEMA, Log, RunFolder, complete_trials
 from trainables.cost import size_bytes
 
@@ -84,7 +85,8 @@ class Book:
         live.timing["first_step_at"] = report["first_step_at"]
         if report["epoch"] in (row["epoch"] for row in live.history):
             return
-        metrics = {"train_loss": report["train_loss"], **{name: report["points"][0][name] for name in METRICS}}
+        first = report["points"][0]
+        metrics = {"train_loss": report["train_loss"], **{n: first[n] for n in METRICS}, **first.get("measures", {})}
         row = {"epoch": report["epoch"], **_written(metrics), "seconds": report["seconds"]}
         if live.proposal.cost.bits is None:  # widths that training decides are part of its course
             row["bits"] = report["points"][0]["bits"]
@@ -113,7 +115,7 @@ class Book:
 
     def front(self) -> Front:
         """The front of all complete points so far."""
-        return Front.of(self.rows, self.sweep.objectives)
+        return Front.of(self.rows, self.sweep.objectives, self.sweep.reference)
 
     def has_points(self) -> bool:
         """Whether any trial is complete."""
@@ -129,6 +131,8 @@ class Book:
     ) -> dict[str, Any]:
         proposal, tree = live.proposal, live.proposal.tree
         cost = proposal.cost
+        measured = {**cost.measures, **point.get("measures", {})}
+        missed = broken(self.ledger.limits, {**cost.values(), **point, **measured}) if status == "complete" else {}
         return {
             "schema": SCHEMA,
             **self.facts,
@@ -144,6 +148,8 @@ class Book:
             "size_bytes": point.get("size_bytes", cost.size_bytes),
             "float_size_bytes": self.float_size_bytes,
             "macs": self.ledger.resolved.table.macs,
+            **{name: measured.get(name) for name in self.sweep.measures},
+            "measures": list(self.sweep.measures),
             "bits": point.get("bits", cost.bits),
             "epoch": live.history[-1]["epoch"] if live.history else 0,
             "epochs": self.sweep.epochs,
@@ -151,6 +157,8 @@ class Book:
             "seed": tree["seed"],
             "digest": cost.digest,
             "source": proposal.source,
+            "repaired": proposal.repaired,
+            "within_limits": not missed,
             "method": tree["method"]["name"],
             "model": tree["model"]["name"],
             "data": tree["data"]["name"],
@@ -175,7 +183,8 @@ class Book:
         status = rows[0]["status"]
         names = self.sweep.objectives if status == "complete" else {}
         points = [[float(row[name]) for name in names] for row in rows]
-        self.ledger.tell(number, state[status], points, rows[0]["reason"] or "")
+        missed = [excesses(self.ledger.learned, row) for row in rows] if status == "complete" else []
+        self.ledger.tell(number, state[status], points, rows[0]["reason"] or "", missed)
 
 
 def _written(values: Mapping[str, Any]) -> dict[str, Any]:

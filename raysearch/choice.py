@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raysearch.frontier import Frontier, unsuited
-from raysearch.proposals import cheapest, choices, cost_of
+from raysearch.frontier import QUALITIES, Frontier, unsuited
+from raysearch.layer_sums import summed, tables_of
+from raysearch.limits import limits_of
+from raysearch.proposals import Cost, cheapest, choices, cost_of
 from trainables.config import merged
+from trainables.cost import Layer, LayerBits
 
 if TYPE_CHECKING:
     from raysearch.sweep import Resolved
@@ -26,7 +29,7 @@ def choose(resolved: "Resolved") -> Choice:
     """What `auto` means for this sweep; any other name means itself."""
     if resolved.sweep.sampler not in ("auto", FRONTIER):
         return Choice(resolved.sweep.sampler, "as asked for")
-    reason = unsuited(resolved.space, resolved.sweep.objectives)
+    reason = unsuited(resolved.space, resolved.sweep.objectives, list(summed(resolved.measures)))
     if not reason and cost_of(merged(resolved.base, cheapest(resolved.space))).bits is None:
         reason = f"method {resolved.sweep.method!r} decides widths itself"
     if reason:
@@ -43,7 +46,7 @@ def frontier_of(resolved: "Resolved", sensitivities: Mapping[str, float] | None 
         sensitivities: of bit parameters, by address, where they are known.
     """
     sweep, space = resolved.sweep, resolved.space
-    low = cost_of(merged(resolved.base, cheapest(space)))
+    low = cost_of(merged(resolved.base, cheapest(space)), resolved.measures)
     asked = {name: getattr(sweep, f"max_{name}") for name in ("bops", "relative_bops", "size_bytes")}
     limits = {}
     if any(limit is not None for limit in asked.values()):
@@ -53,11 +56,27 @@ def frontier_of(resolved: "Resolved", sensitivities: Mapping[str, float] | None 
             least, most = getattr(low, name), getattr(high, name)
             if limit is not None and limit < most:
                 limits[name] = (limit - least) / (most - least)
+    layers = resolved.table.quantizable
+    tables = tables_of(resolved.measures, layers, space, low.bits or {})
+    rest = {
+        name: low.measures[name] - sum(measure.of_layer(x, _widths(low, x)) for x in layers)
+        for name, measure in summed(resolved.measures).items()
+    }
+    bounds = {x.name: x.bound - rest[x.name] for x in limits_of(sweep) if x.name in tables and x.at_most}
+    quality = next(name for name in sweep.objectives if name in QUALITIES)
     return Frontier(
         space,
-        resolved.table.quantizable,
+        layers,
         sweep.objectives,
         sensitivities=sensitivities,
         fixed=low.bits,
         limits=limits,
+        tables={name: tables[name] for name in {*sweep.objectives, *bounds} if name in tables},
+        bounds=bounds,
+        worst=sweep.min_accuracy if quality == "accuracy" else None,
     )
+
+
+def _widths(cost: Cost, layer: Layer) -> LayerBits:
+    weight, activation = (cost.bits or {})[layer.name]
+    return LayerBits(weight=weight, activation=activation)

@@ -259,11 +259,13 @@ def _tune(
     from raysearch.searcher import LedgerSearcher
     from raysearch.slots import GroupSlot, InlineSlot
     from raysearch.worker import make_job
+    from trainables.measures import travelling
 
     sweep = resolved.sweep
     root = None if sweep.data_root is None else str(_data_root(sweep))
     absolute = RunFolder(folder.path.resolve())
     scratch = _scratch(folder)
+    measures = travelling(sweep.measures)
     if not groups:
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
 
@@ -271,7 +273,7 @@ def _tune(
         number = proposal.number
         device = "cuda" if capacity.gpus else "cpu"
         return {
-            "job": make_job(number, proposal.tree, absolute.trial(number), absolute.starts, root, device),
+            "job": make_job(number, proposal.tree, absolute.trial(number), absolute.starts, root, device, measures),
             "cpus": sweep.cpus_per_worker,
             "group": groups[place] if groups else None,
         }

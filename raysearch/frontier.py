@@ -14,7 +14,7 @@ time. Not for widths that the method learns, nor for architectures: there, costs
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import is_
@@ -68,17 +68,24 @@ class Tried:
     course: Mapping[int, float] = field(default_factory=dict)
 
 
-def unsuited(space: Space, objectives: Mapping[str, str]) -> str:
-    """Why the frontier cannot propose for this sweep, in words; empty if it can."""
+def unsuited(space: Space, objectives: Mapping[str, str], sums: Collection[str] = ()) -> str:
+    """Why the frontier cannot propose for this sweep, in words; empty if it can.
+
+    Args:
+        space: distributions by address.
+        objectives: name to direction.
+        sums: further costs that are sums over layers of what their widths cost.
+    """
     if not any(name.startswith("bits/") for name in space):
         return "the space has no bits"
     if any(name.startswith("model/") for name in space):
         return "the space changes the network, so its costs are no sums over known layers"
     if not any(name in QUALITIES for name in objectives):
         return f"no objective is one of {', '.join(QUALITIES)}"
-    if not any(name in COSTS for name in objectives):
-        return f"no objective is one of {', '.join(COSTS)}"
-    unknown = sorted(set(objectives) - {*QUALITIES, *COSTS})
+    if not any(name in COSTS or name in sums for name in objectives):
+        return f"no objective is one of {', '.join([*COSTS, *sums])}"
+    unknown = sorted(set(objectives) - {*QUALITIES, *COSTS, *sums})
+    unknown += [f"{name}:max" for name in sums if objectives.get(name) == "max"]
     return f"objective {unknown[0]} does not follow from the bits" if unknown else ""
 
 
@@ -103,6 +110,8 @@ class Frontier:
         sensitivities: by address, what is known before training, up to a common factor; the others are guessed.
         fixed: layer -> [weight bits, activation bits] where the space says nothing; 8 by default.
         limits: of costs, the largest that is allowed: 0 is the cost of the narrowest widths, 1 that of the widest.
+        tables, bounds: further costs and the largest that are allowed, as in `BitLayout`.
+        worst: quality that a point must reach to count, in the quality's own direction; None is any.
     """
 
     def __init__(
@@ -114,13 +123,17 @@ class Frontier:
         sensitivities: Mapping[str, float] | None = None,
         fixed: Mapping[str, Sequence[int]] | None = None,
         limits: Mapping[str, float] | None = None,
+        tables: Mapping[str, np.ndarray] | None = None,
+        bounds: Mapping[str, float] | None = None,
+        worst: float | None = None,
     ) -> None:
         self.space = space
-        self.layout = BitLayout(space, layers, fixed, limits)
+        self.layout = BitLayout(space, layers, fixed, limits, tables, bounds)
         self.others = [name for name in space if not name.startswith("bits/")]
         self.sign = next(-1.0 if way == "max" else 1.0 for name, way in objectives.items() if name in QUALITIES)
         self.prior = _blended(self.layout.prior, [(sensitivities or {}).get(a) for a in self.layout.addresses])
-        kinds = list(dict.fromkeys(COSTS[name] for name in objectives if name in COSTS))
+        self.worst = None if worst is None else self.sign * worst
+        kinds = list(dict.fromkeys(COSTS.get(name, name) for name in objectives if name not in QUALITIES))
         self.blends: list[Blend] = [{kind: 1.0} for kind in kinds]
         if len(kinds) > 1:
             self.blends.append({kind: 1 / len(kinds) for kind in kinds})
@@ -163,7 +176,7 @@ class Frontier:
         fresh = np.array([bool(self.others) or key not in taken for key in pool.keys], dtype=bool)
         if fresh.any():
             trusted = pool.predicted[1 + turn // EXPLORED % DRAWS if turn % EXPLORED == 0 else 0]
-            score = gains(pool.cost, trusted, cost, quality, self.layout.largest(blend))
+            score = gains(pool.cost, trusted, cost, quality, self.layout.largest(blend), self.worst)
             score[~fresh] = -np.inf
             row = pool.bits[int(score.argmax())]
         else:
@@ -243,7 +256,7 @@ class Frontier:
         rows = self.layout.allowed(rows.reshape(-1, self.layout.columns))
         costs, residual = self.layout.cost(blend, rows), model.residual(rows)
         predicted = [m.curve(rows) + residual for m in models]
-        ranks = [np.argsort(np.argsort(-gains(costs, p, cost, quality, largest))) for p in predicted]
+        ranks = [np.argsort(np.argsort(-gains(costs, p, cost, quality, largest, self.worst))) for p in predicted]
         kept = np.argsort(np.min(ranks, axis=0), kind="stable")[:POOL]
         return _Pool(
             model=model,

@@ -22,12 +22,12 @@ class Archive:
     """The trials with a point on the front of some objectives; of equal points the first stays.
 
     Args:
-        names: of the objectives.
+        objectives: name to direction.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
-        self._signs = np.array([-1.0 if OBJECTIVES[name] == "max" else 1.0 for name in self.names])
+    def __init__(self, objectives: Mapping[str, str]) -> None:
+        self.names = tuple(objectives)
+        self._signs = np.array([-1.0 if direction == "max" else 1.0 for direction in objectives.values()])
         self._values = np.empty((0, len(self.names)))
         self._trials: list[int] = []
 
@@ -67,7 +67,10 @@ class Keeper:
         self.folder, self.most_bytes = folder, most_bytes
         names = list(objectives)
         wanted = dict.fromkeys(tuple(dict.fromkeys([*names, *PICKED[:count]])) for count in (0, 2, 3))
-        self._fronts = [Archive(objective_names) for objective_names in wanted]
+        ways = {**OBJECTIVES, **objectives}
+        self._wanted = [{name: ways[name] for name in each} for each in wanted]
+        self._fronts = [Archive(each) for each in self._wanted]
+        self._within = False
         self._accuracy: dict[int, float] = {}
         self._bytes: dict[int, int] = {}
         over = set()
@@ -99,8 +102,12 @@ class Keeper:
         if row["status"] != "complete":
             return
         self._accuracy[row["trial"]] = max(row["accuracy"], self._accuracy.get(row["trial"], 0.0))
-        for front in self._fronts:
-            front.add(row)
+        within = row.get("within_limits", True)
+        if within and not self._within:  # from now on, points over a limit are on no front
+            self._within, self._fronts = True, [Archive(each) for each in self._wanted]
+        if within or not self._within:
+            for front in self._fronts:
+                front.add(row)
 
     def _on_front(self) -> set[int]:
         return set().union(*(front.trials for front in self._fronts))

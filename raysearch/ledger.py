@@ -12,7 +12,7 @@ resumed sweep needs no saved sampler.
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -23,8 +23,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.choice import FRONTIER, choose, frontier_of
 from raysearch.frontier import QUALITIES, Tried
-from raysearch.proposals import Cost, beside, cardinality, configurations, cost_of, uniform_proposals
+from raysearch.limits import limits_of
+from raysearch.proposals import Cost, beside, cardinality, cheapest, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
+from raysearch.repair import Repair
 from raysearch.seeds import Seeds
 from raysearch.sweep import Resolved
 from trainables.config import merged
@@ -36,6 +38,11 @@ ATTEMPTS = 20
 RANDOM_ATTEMPTS = 2000
 OTHER_POINTS = "other_points"
 """Attribute of a trial on disk: the values of its operating points beyond the first."""
+CONSTRAINTS = "constraints"
+"""Prefix under which Optuna keeps a trial's constraints, as `Trial.set_constraint` does while it runs."""
+OTHER_EXCESSES = "other_excesses"
+"""Attribute of a trial on disk: by how much those points miss the limits."""
+NONE_MISSED: Mapping[str, float] = {}
 QMC_POSITION = "qmc:"
 """Prefix under which Optuna's quasi-random sampler keeps its place in the sequence, as an attribute of the study."""
 
@@ -49,6 +56,7 @@ class Proposal:
         params: values by address.
         source: who proposed it: that of a seed (`raysearch.seeds`), `uniform`, the sampler's name, `random`.
         tree: JSON tree of the trial's configuration.
+        repaired: whether it was over a limit as proposed, and is the nearest configuration within it.
     """
 
     number: int
@@ -56,6 +64,7 @@ class Proposal:
     source: str
     cost: Cost
     tree: dict[str, Any]
+    repaired: bool = False
 
 
 def make_sampler(name: str, seed: int, startup: int) -> BaseSampler:
@@ -82,6 +91,10 @@ class Ledger:
     Args:
         folder: the run folder; an existing study there is continued.
         resolved: the sweep.
+
+    Attributes:
+        limits: of the sweep.
+        learned: those of them that only training tells.
     """
 
     def __init__(self, folder: RunFolder, resolved: Resolved) -> None:
@@ -106,6 +119,10 @@ class Ledger:
         self._frontier = frontier_of(resolved, seeds.sensitivities) if self.choice.sampler == FRONTIER else None
         # The frontier needs no more than the diagonal: each further uniform configuration is worse than what it knows.
         uniform = uniform_proposals(self.space, resolved.base, 0 if self._frontier else self.sweep.trials)
+        self.limits = limits_of(self.sweep)
+        before = cost_of(merged(resolved.base, cheapest(self.space)), resolved.measures).values() if self.limits else {}
+        self.learned = tuple(limit for limit in self.limits if before.get(limit.name) is None)
+        self._repair = Repair(self.space, resolved.base, resolved.measures, seeds.sensitivities)
         self._first = [*seeds.first, *(("uniform", values) for values in uniform)]
         self._ended: list[Tried] = []
         self._running: dict[int, Mapping[str, Any]] = {}
@@ -145,7 +162,14 @@ class Ledger:
                 return self._accept(self._fixed(values), source, cost)
         return self._at_the_frontier() if self._frontier else self._sampled()
 
-    def tell(self, number: int, state: TrialState, points: Sequence[list[float]] = (), reason: str = "") -> None:
+    def tell(
+        self,
+        number: int,
+        state: TrialState,
+        points: Sequence[list[float]] = (),
+        reason: str = "",
+        excesses: Sequence[Mapping[str, float]] = (),
+    ) -> None:
         """Tell both studies how a trial ended; telling twice changes nothing.
 
         Args:
@@ -154,6 +178,8 @@ class Ledger:
             points: of a complete trial, the values of each of its operating points in the order of the objectives. The
                 study on disk holds the first as the trial's values; the sampler learns all of them.
             reason: why it was pruned or failed.
+            excesses: of each point, by how much it misses each limit that only training tells; above 0 where it does.
+                Optuna's samplers take them as constraints.
         """
         trial_id = self._trial_id(number)
         if self._storage.get_trial(trial_id).state.is_finished():
@@ -163,12 +189,17 @@ class Ledger:
         values, others = (list(points[0]), points[1:]) if state == TrialState.COMPLETE else (None, ())
         if others:
             self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others))
+            self._storage.set_trial_user_attr(trial_id, OTHER_EXCESSES, [dict(each) for each in excesses[1:]])
+        for name, excess in (excesses[0] if excesses else {}).items():
+            self._storage.set_trial_system_attr(trial_id, f"{CONSTRAINTS}:{name}", excess)
+            twin_id = self._memory.get_trials(deepcopy=False)[self._twin[number]]._trial_id
+            self._memory._storage.set_trial_system_attr(twin_id, f"{CONSTRAINTS}:{name}", excess)
         self._disk.tell(number, values, state=state)
         self._learn_end(self._running.pop(number), state, values)
         # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
         learnt = TrialState.PRUNED if state == TrialState.FAIL else state
         self._memory.tell(self._twin[number], values, state=learnt)
-        self._learn_others(self._memory.get_trials(deepcopy=False)[self._twin[number]], others)
+        self._learn_others(self._memory.get_trials(deepcopy=False)[self._twin[number]], others, excesses[1:])
 
     def _learn_end(self, params: Mapping[str, Any], state: TrialState, values: Sequence[float] | None) -> None:
         """What the frontier knows of a trial that has ended."""
@@ -177,15 +208,19 @@ class Ledger:
             quality = values[place] if values and state == TrialState.COMPLETE else None
             self._ended.append(Tried(values=params, quality=quality, failed=state == TrialState.FAIL))
 
-    def _learn_others(self, first: FrozenTrial, others: Sequence[list[float]]) -> None:
+    def _learn_others(
+        self, first: FrozenTrial, others: Sequence[list[float]], excesses: Sequence[Mapping[str, float]] = ()
+    ) -> None:
         """Add the other points of a trial to the twin, as trials with the same parameters."""
-        for values in others:
+        attrs = {key: value for key, value in first.system_attrs.items() if not key.startswith(CONSTRAINTS)}
+        for values, missed in zip(others, [*excesses, *[NONE_MISSED] * len(others)], strict=False):
+            constraints = {f"{CONSTRAINTS}:{name}": excess for name, excess in missed.items()}
             self._memory.add_trial(
                 optuna.trial.create_trial(
                     params=first.params,
                     distributions=first.distributions,
                     values=values,
-                    system_attrs=first.system_attrs,
+                    system_attrs={**attrs, **constraints},
                 )
             )
 
@@ -226,6 +261,10 @@ class Ledger:
             cost = self._acceptable(trial.params)
             if cost is not None:
                 return self._accept(trial, self.choice.sampler, cost)
+            repaired = self._repaired(trial.params)
+            if repaired is not None:
+                self._memory.tell(trial, state=TrialState.FAIL)
+                return self._accept(self._fixed(repaired[0]), self.choice.sampler, repaired[1], repaired=True)
             # Samplers ignore failures: a repeated proposal is no worse than its first training was.
             self._memory.tell(trial, state=TrialState.FAIL)
             if trial.params == wanted:  # as a sampler without chance does: gp, of what has failed
@@ -241,30 +280,45 @@ class Ledger:
             cost = self._acceptable(values)
             if cost is not None:
                 return self._accept(self._fixed(values), "random", cost)
+            repaired = self._repaired(values)
+            if repaired is not None:
+                return self._accept(self._fixed(repaired[0]), "random", repaired[1], repaired=True)
         return None
 
     def _fixed(self, values: Mapping[str, Any]) -> optuna.Trial:
         self._memory.enqueue_trial(dict(values))
         return self._memory.ask(dict(self.space))
 
+    def _repaired(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], Cost] | None:
+        """The nearest configuration within the limits and its cost, for one that breaks them; None if it is not new."""
+        if not self.limits:
+            return None
+        try:
+            cost = cost_of(merged(self.resolved.base, values), self.resolved.measures)
+        except ConfigError:
+            return None
+        better = self._repair(values, cost, self.limits) if cost.over(self.limits) else None
+        found = None if better is None else self._acceptable(better)
+        return None if better is None or found is None else (better, found)
+
     def _acceptable(self, values: Mapping[str, Any]) -> Cost | None:
         try:
-            cost = cost_of(merged(self.resolved.base, values))
+            cost = cost_of(merged(self.resolved.base, values), self.resolved.measures)
         except ConfigError:
             self.refused += 1
             return None
-        if cost.digest in self._seen or cost.over(self.sweep):
+        if cost.digest in self._seen or cost.over(self.limits):
             self.refused += 1
             return None
         return cost
 
-    def _accept(self, trial: optuna.Trial, source: str, cost: Cost) -> Proposal:
+    def _accept(self, trial: optuna.Trial, source: str, cost: Cost, *, repaired: bool = False) -> Proposal:
         twin = self._memory.get_trials(deepcopy=False)[trial.number]
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=twin.params,
             distributions=twin.distributions,
-            user_attrs={"source": source, **asdict(cost)},
+            user_attrs={"source": source, "repaired": repaired, **asdict(cost)},
             system_attrs=twin.system_attrs,
         )
         self._storage.create_new_trial(self._disk._study_id, template_trial=template)
@@ -273,7 +327,8 @@ class Ledger:
         self._twin[number] = trial.number
         self._seen[cost.digest] = number
         self._running[number] = dict(twin.params)
-        return Proposal(number, dict(twin.params), source, cost, merged(self.resolved.base, twin.params))
+        tree = merged(self.resolved.base, twin.params)
+        return Proposal(number, dict(twin.params), source, cost, tree, repaired)
 
     def _remember(self, trial: FrozenTrial) -> None:
         """Take a trial of the study on disk into the twin."""
@@ -288,14 +343,15 @@ class Ledger:
         self._twin[trial.number] = len(self._memory.get_trials(deepcopy=False)) - 1
         if trial.state == TrialState.RUNNING:
             self._running[trial.number] = trial.params
-        self._learn_others(copy, trial.user_attrs.get(OTHER_POINTS, ()))
+        others = (trial.user_attrs.get(key, ()) for key in (OTHER_POINTS, OTHER_EXCESSES))
+        self._learn_others(copy, *others)
         self._seen[trial.user_attrs["digest"]] = trial.number
 
     def _proposal(self, trial: FrozenTrial) -> Proposal:
         attrs = dict(trial.user_attrs)
-        cost = Cost(**{name: attrs[name] for name in ("digest", "bops", "relative_bops", "size_bytes", "bits")})
+        cost = Cost(**{part.name: attrs[part.name] for part in fields(Cost) if part.name in attrs})
         tree = merged(self.resolved.base, trial.params)
-        return Proposal(trial.number, dict(trial.params), attrs["source"], cost, tree)
+        return Proposal(trial.number, dict(trial.params), attrs["source"], cost, tree, attrs.get("repaired", False))
 
 
 def _copy_qmc_position(source: optuna.Study, target: optuna.Study) -> None:

@@ -12,6 +12,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raysearch.frontier import QUALITIES, Frontier, Tried, unsuited
+from raysearch.limits import limits_of
 from raysearch.proposals import Cost, Space, beside, cardinality, choices, configurations
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ class Mixtures:
             return None
         self._seen.add(key)
         cost = self.cost(values)
-        if cost.over(self.sweep):
+        if cost.over(limits_of(self.sweep)):
             self.refused += 1
             return None
         self.proposed += 1

@@ -122,7 +122,8 @@ def record_metrics(record: Mapping[str, Any]) -> list[Metric]:
     prefix = "" if final else f"{entry_name(record['point'])}/"
     step, end = record.get("epoch") or 0, span_ms(record)[1]
     known = history[-1] if final and history[-1].get("epoch") == step else {}
-    outcome = {prefix + key: record.get(key) for key in FINAL if key not in known or known[key] != record.get(key)}
+    names = (*FINAL, *record.get("measures", ()))
+    outcome = {prefix + key: record.get(key) for key in names if key not in known or known[key] != record.get(key)}
     return _metrics({**outcome, "trial_seconds": record.get("seconds")}, None, end, step)
 
 

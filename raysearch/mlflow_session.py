@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.front import Front
-from analysis.pareto import hypervolume_history
+from analysis.pareto import bounded, hypervolume_history
 from raysearch import mlflow_entries as entries
 from raysearch.mlflow_links import Progress, is_served, public, redact
 from raysearch.reporting import SUMMARY_PAGE, swept
@@ -243,7 +243,7 @@ class Session:
     def _publish(self, *, last: bool) -> None:
         """Tags of the front, and the summary of all records so far; its page, which takes longer, not every time."""
         points = [record for record in self.records if record["status"] == "complete"]
-        front = Front.of(points, self.sweep["objectives"])
+        front = Front.of(points, self.sweep["objectives"], self._reference)
         if "search" in self.sweep:
             missing = {int(trial) for trial in front.to_pandas()["trial"]}.difference(self.runs)
             for record in [record for record in points if record["trial"] in missing]:
@@ -292,14 +292,18 @@ class Session:
         self.client.log_text(self.runs[SUMMARY], report([sweep], self.sweep["name"]), SUMMARY_PAGE)
         self.next_page = time.monotonic() + PAGE_S
 
+    @property
+    def _reference(self) -> dict[str, float]:
+        return dict((self.sweep.get("sweep") or {}).get("reference") or {})
+
     def _hypervolumes(self, points: Sequence[Line]) -> list[entries.Metric]:
-        """Those that MLflow lacks. None where the loss is an objective: it has no worst value to measure from."""
+        """Those that MLflow lacks. None where an objective has no worst value to measure from, as the loss."""
         objectives = self.sweep["objectives"]
-        if "loss" in objectives or not points:
+        if not bounded(objectives, self._reference) or not points:
             return []
         # Earlier values can change with the largest size seen so far, but MLflow would keep both: the first one stays.
         sent = {metric.step for metric in self.client.get_metric_history(self.runs[SUMMARY], "hypervolume")}
-        history = hypervolume_history(points, objectives)
+        history = hypervolume_history(points, objectives, self._reference)
         volumes = zip(history.index, history["hypervolume"], history["finished_at"], strict=True)
         return [
             entries.Metric("hypervolume", volume, entries.moment_ms(finished), int(step))

@@ -11,9 +11,15 @@ import click
 from raysearch.errors import SweepError
 from raysearch.sweep import Sweep
 
-SPECIAL = ("objectives", "settings")
+SPECIAL = ("objectives", "measures", "reference", "limits", "settings")
 """Fields of a sweep whose flags are not made from their types."""
 
+OBJECTIVES_HELP = (
+    "what to search for; also one's own, as accuracy,latency.json or accuracy,energy.py:min  "
+    "[default: accuracy:max,bops:min,size_bytes:min]"
+)
+MEASURE_HELP = "a measure of one's own in every record: FILE.py, package.module:function or FILE.json; may be repeated"
+LIMIT_HELP = "a limit on such a measure, as latency<=12.5; may be repeated"
 run_folder = click.argument("run_folder", metavar="DIR", type=click.Path(path_type=Path))
 trial = click.argument("trial", type=click.IntRange(min=0))
 point = click.option("--point", default="final", show_default=True, help="which operating point of the trial")
@@ -36,6 +42,8 @@ def sweep_options(*names: str) -> Callable[[Any], Any]:
             command = click.option(
                 flag, type=kind, is_flag=kind is bool, default=f.default, show_default=shown, help=text
             )(command)
+        if not names:
+            command = _own_options(command)
         command = click.option(
             "--set",
             "settings",
@@ -50,6 +58,16 @@ def sweep_options(*names: str) -> Callable[[Any], Any]:
     return decorate
 
 
+def _own_options(command: Any) -> Any:
+    """Flags of objectives, and of what is a person's own beside them."""
+    command = click.option(
+        "--reference", multiple=True, metavar="NAME=VALUE", help="worst value of an objective, for the hypervolume"
+    )(command)
+    command = click.option("--limit", "limits", multiple=True, metavar="NAME<=VALUE", help=LIMIT_HELP)(command)
+    command = click.option("--measure", "measures", multiple=True, metavar="[NAME=]SOURCE", help=MEASURE_HELP)(command)
+    return click.option("--objectives", help=OBJECTIVES_HELP)(command)
+
+
 def sweep_of(options: dict[str, Any]) -> Sweep:
     """The sweep that the flags speak of, over that of `--from`."""
     context = click.get_current_context()
@@ -59,6 +77,7 @@ def sweep_of(options: dict[str, Any]) -> Sweep:
         tree = _read_sweep(Path(source))
     settings = _settings(options.pop("settings"))
     objectives = options.pop("objectives", None)
+    own = {name: options.pop(name, ()) for name in ("measures", "limits", "reference")}
     for name, value in options.items():
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given or name not in tree:
@@ -66,7 +85,14 @@ def sweep_of(options: dict[str, Any]) -> Sweep:
     if isinstance(tree.setdefault("settings", {}), dict):
         tree["settings"] = {**tree["settings"], **settings}
     if objectives is not None:
-        tree["objectives"] = objectives_of(objectives)
+        tree["objectives"], sources = objectives_of(objectives)
+        tree["measures"] = {**tree.get("measures", {}), **sources}
+    if own["measures"]:
+        tree["measures"] = {**tree.get("measures", {}), **dict(map(measure_of, own["measures"]))}
+    if own["limits"]:
+        tree["limits"] = list(own["limits"])
+    if own["reference"]:
+        tree["reference"] = dict(map(_reference, own["reference"]))
     return Sweep.from_tree(tree)
 
 
@@ -94,14 +120,43 @@ def _settings(given: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def objectives_of(text: str) -> dict[str, str]:
-    """`accuracy:max,bops:min`; the direction may be left out.
+def _reference(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise SweepError(f"--reference {text}: write NAME=VALUE, such as latency=12.5") from None
+
+
+def measure_of(text: str) -> tuple[str, str]:
+    """Name and source of a measure: `watts=energy.py`, or the source alone, which then names it.
+
+    >>> measure_of("watts=mylab.energy:of_layer"), measure_of("tables/latency.json"), measure_of("cost.py:joules")
+    (('watts', 'mylab.energy:of_layer'), ('latency', 'tables/latency.json'), ('joules', 'cost.py:joules'))
+    """
+    from trainables.plugins import label
+
+    name, equals, source = text.partition("=")
+    return (name, source) if equals else (Path(text).stem if text.endswith(".json") else label(text), text)
+
+
+def objectives_of(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Objectives with their directions, which may be left out; and the sources of those that are one's own.
 
     >>> objectives_of("accuracy,bops:min")
-    {'accuracy': 'max', 'bops': 'min'}
+    ({'accuracy': 'max', 'bops': 'min'}, {})
+    >>> objectives_of("accuracy,latency.json,cost.py:joules:min")
+    ({'accuracy': 'max', 'latency': 'min', 'joules': 'min'}, {'latency': 'latency.json', 'joules': 'cost.py:joules'})
     """
-    found = {}
+    found, sources = {}, {}
     for part in filter(None, text.split(",")):
-        name, _, direction = part.strip().partition(":")
+        name, colon, direction = part.strip().rpartition(":")
+        if not colon or direction not in ("max", "min"):
+            name, direction = part.strip(), ""
+        if "." in name:
+            name, source = measure_of(name)
+            sources[name] = source
+        elif ":" in name:
+            name, _, direction = name.partition(":")
         found[name] = direction or ("max" if name == "accuracy" else "min")
-    return found
+    return found, sources

@@ -8,19 +8,18 @@ always the diagonal.
 
 import math
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from raysearch.limits import FLAGS, Limit, broken
 from trainables.build import layer_table
 from trainables.config import digest, parse, resolve_bits
 from trainables.cost import FLOAT_BITS, bops, relative_bops, size_bytes
-
-if TYPE_CHECKING:
-    from raysearch.sweep import Sweep
+from trainables.measures import Measure, known
 
 Space = Mapping[str, BaseDistribution]
 ORDER = (8, 2, 4, 3, 6, 5, 7)
@@ -32,6 +31,7 @@ class Cost:
     """Cost of a configuration before training; None where only training tells: widths are learned, or several.
 
     Attributes:
+        measures: a person's own that follow from the widths, by name.
         digest: of the resolved configuration; equal for equal computations.
         bits: layer -> [weight bits, activation bits].
     """
@@ -41,27 +41,26 @@ class Cost:
     relative_bops: float | None = None
     size_bytes: int | None = None
     bits: dict[str, list[int]] | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
-    def over(self, sweep: "Sweep") -> str:
-        """Which limit of the sweep this breaks, in words; empty if none, or if the cost is not known yet."""
-        limits = (
-            (self.bops, sweep.max_bops, "BOPs"),
-            (self.relative_bops, sweep.max_relative_bops, "relative BOPs"),
-            (self.size_bytes, sweep.max_size_bytes, "bytes"),
-        )
-        broken = [
-            f"{have:.6g} {unit} (limit {limit:.6g})"
-            for have, limit, unit in limits
-            if limit is not None and have is not None and have > limit
-        ]
-        return ", ".join(broken)
+    def values(self) -> dict[str, Any]:
+        """What records and limits call by name."""
+        return {name: getattr(self, name) for name in FLAGS} | self.measures
+
+    def over(self, limits: tuple[Limit, ...]) -> str:
+        """Which limits this breaks, in words; empty if none, or if the cost is not known yet."""
+        return ", ".join(limit.words(value) for limit, value in broken(limits, self.values()).items())
 
 
-def cost_of(tree: dict[str, Any]) -> Cost:
+def cost_of(tree: dict[str, Any], measures: Sequence[Measure] = ()) -> Cost:
     """Cost of a configuration's JSON tree.
 
+    Args:
+        tree: of the configuration.
+        measures: a person's own.
+
     Raises:
-        ConfigError: the tree is no valid configuration.
+        ConfigError: the tree is no valid configuration, or a measure gives no finite number.
     """
     config = parse(tree)
     table = layer_table(config)
@@ -74,6 +73,7 @@ def cost_of(tree: dict[str, Any]) -> Cost:
         relative_bops=relative_bops(table, bits),
         size_bytes=size_bytes(table, bits),
         bits={name: [width.weight, width.activation] for name, width in bits.items()},
+        measures=known(measures, table, bits),
     )
 
 

@@ -65,7 +65,7 @@ class Result:
         import json
 
         frame = self.to_pandas()
-        for column in ("bits", "params", "config", "history", "versions", "git", "timing"):
+        for column in ("bits", "measures", "params", "config", "history", "versions", "git", "timing"):
             if column in frame:
                 frame[column] = frame[column].map(json.dumps)
         target = Path(path) if path is not None else self.folder.path / "records.parquet"
@@ -177,7 +177,7 @@ def front_of(results: list[Result]) -> "Front":
     if len(results) == 1:
         rows = [{key: value for key, value in row.items() if key != "run"} for row in rows]
     try:
-        return Front.of(rows, results[0].objectives)
+        return Front.of(rows, results[0].objectives, results[0].description["sweep"].get("reference"))
     except ValueError as error:
         raise RecordError(str(error)) from error
 

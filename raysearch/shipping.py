@@ -43,7 +43,8 @@ def runtime_env(sweep: Sweep, environment: Mapping[str, str], scratch: Path) -> 
 def modules(sweep: Sweep, scratch: Path) -> list[str]:
     """Folders and files to ship: our packages, and plug-ins that are not ours and not installed."""
     found = [_location(package) for package in PACKAGES]
-    for name in (sweep.method, sweep.model, sweep.data):  # spaces are asked by the driver alone
+    functions = [source for source in sweep.measures.values() if not source.endswith(".json")]  # tables go with jobs
+    for name in (sweep.method, sweep.model, sweep.data, *functions):  # spaces are asked by the driver alone
         path = Path(plugins.split(name)[0])
         if plugins.is_file(name):
             copy = scratch / f"{plugins.module_name(path)}.py"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from raysearch.sweep import Sweep
     from trainables.cost import LayerTable
+    from trainables.measures import Measure
 
 Asked = str | Mapping[str, Any] | Callable[..., Mapping[str, Any]]
 """What a sweep says about its space."""
@@ -111,13 +112,21 @@ def _faults(space: Any) -> str:
     return "; ".join(faults[:3])
 
 
-def check(sweep: "Sweep", base: dict[str, Any], table: "LayerTable", space: Mapping[str, "BaseDistribution"]) -> None:
+def check(
+    sweep: "Sweep",
+    base: dict[str, Any],
+    table: "LayerTable",
+    space: Mapping[str, "BaseDistribution"],
+    measures: Sequence["Measure"] = (),
+) -> None:
     """The corners of the space must be valid configurations, and the budget must leave something to train.
 
     Raises:
         SweepError, ConfigError: what is wrong; a misspelt layer or address with the nearest one.
     """
-    from raysearch.proposals import cheapest, corners, cost_of
+    from raysearch.limits import limits_of
+    from raysearch.proposals import cheapest, corners
+    from raysearch.repair import within_reach
     from trainables.config import merged, parse, resolve_bits
 
     name = sweep.space if isinstance(sweep.space, str) else words(sweep.space)
@@ -135,7 +144,6 @@ def check(sweep: "Sweep", base: dict[str, Any], table: "LayerTable", space: Mapp
                 resolve_bits(config, table)
         except ConfigError as error:
             raise ConfigError(f"space {name!r}: {error}") from error
-    lowest = cost_of(merged(base, cheapest(space)))
-    over = lowest.over(sweep)
+    over = within_reach(space, base, limits_of(sweep), measures, cheapest(space))
     if over:
         raise SweepError(f"the budget leaves nothing to train: the cheapest configuration of the space has {over}")

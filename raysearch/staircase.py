@@ -25,24 +25,38 @@ def staircase(cost: np.ndarray, quality: np.ndarray) -> np.ndarray:
 
 
 def gains(
-    cost: np.ndarray, quality: np.ndarray, front_cost: np.ndarray, front_quality: np.ndarray, largest: float = 1.0
+    cost: np.ndarray,
+    quality: np.ndarray,
+    front_cost: np.ndarray,
+    front_quality: np.ndarray,
+    largest: float = 1.0,
+    worst: float | None = None,
 ) -> np.ndarray:
     """By how much each candidate enlarges the hypervolume of the points; where it does not, how far it is from it.
 
     The reference is the worst quality of the points and a tenth of their range more, and 1.1 times the largest cost.
+    Where some quality is the worst that counts, and a point reaches it, it is the reference; until then the candidates
+    are compared by how near they come to it.
 
     Args:
         cost, quality: of the candidates, (n,).
         front_cost, front_quality: of the points, (m,); they may dominate each other.
         largest: cost that is allowed; no cost is above it.
+        worst: quality that counts.
 
     >>> gains(np.array([0.5, 0.7]), np.array([2.0, 5.0]), np.array([0.1, 0.6]), np.array([4.0, 3.0])).round(3).tolist()
     [0.7, -2.0]
     """
     every = front_quality if len(front_quality) else quality
-    worst = float(every.max() + 0.1 * np.ptp(every)) if len(every) else 0.0
+    floor = float(every.max() + 0.1 * np.ptp(every)) if len(every) else 0.0
+    if worst is not None and worst < floor:
+        if (quality > worst).all():  # none is expected to reach it: the nearest first
+            return worst - quality
+        floor = worst
+        counts = front_quality <= worst
+        front_cost, front_quality = front_cost[counts], front_quality[counts]
     order = np.lexsort((front_quality, front_cost))
-    levels = np.concatenate([[worst], np.minimum.accumulate(front_quality[order])])
+    levels = np.concatenate([[floor], np.minimum.accumulate(front_quality[order])])
     edges = np.concatenate([[0.0], front_cost[order], [WORST_COST * largest]])
     volume = np.concatenate([[0.0], np.cumsum(levels * np.diff(edges))])  # under the staircase, up to each edge
     # A candidate's quality is below the staircase from its own cost to the first step that is as low.

@@ -6,6 +6,7 @@ the layer table, and the search space.
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from raysearch.errors import SweepError
+from raysearch.limits import FLAGS
 from raysearch.space import Asked, check, made, read, written
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from trainables.config import TrialConfig
     from trainables.cost import LayerTable
+    from trainables.measures import Measure
 
 DEFAULT_OBJECTIVES = {"accuracy": "max", "bops": "min", "size_bytes": "min"}
 FIELDS = {
@@ -30,6 +33,24 @@ FIELDS = {
     "data/name": "data",
 }
 """Addresses that a sweep has a field for; there is no second way to say the same thing."""
+TAKEN = (
+    *("schema", "sweep", "versions", "git", "trial", "point", "points", "status", "reason", "accuracy", "loss", "bops"),
+    *(
+        "relative_bops",
+        "size_bytes",
+        "float_size_bytes",
+        "macs",
+        "bits",
+        "epoch",
+        "epochs",
+        "seconds",
+        "seed",
+        "digest",
+    ),
+    *("source", "method", "model", "data", "params", "config", "history", "checkpoint", "run", "started_at", "time"),
+    *("finished_at", "timing", "measures", "within_limits", "repaired", "train_loss", "test_accuracy", "trial_seconds"),
+)
+"""Names of a record's own fields, which no measure may take."""
 SAMPLERS = ("auto", "frontier", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
@@ -49,6 +70,12 @@ class Sweep:
     objectives: Annotated[dict[str, str], "what to search for, as accuracy:max,bops:min,..."] = field(
         default_factory=DEFAULT_OBJECTIVES.copy
     )
+    measures: Annotated[
+        dict[str, str], "measures of one's own by name: FILE.py, package.module:function, or a table FILE.json"
+    ] = field(default_factory=dict)
+    reference: Annotated[dict[str, float], "worst value of an objective that counts for the hypervolume"] = field(
+        default_factory=dict
+    )
     trials: Annotated[int, "number of trials"] = 32
     epochs: Annotated[int, "epochs of a trial"] = 5
     workers: Annotated[int, "Ray Train workers of a trial"] = 1
@@ -64,6 +91,8 @@ class Sweep:
     max_checkpoint_bytes: Annotated[
         float | None, "disk for the checkpoints of ended trials; the least accurate of the front go first"
     ] = None
+    min_accuracy: Annotated[float | None, "look for points of at least this validation accuracy, 0..1"] = None
+    limits: Annotated[list[str], "limits on measures of one's own, as latency<=12.5"] = field(default_factory=list)
     mlflow_uri: Annotated[str | None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder"] = None
     settings: Annotated[
         dict[str, Any], "settings of every trial by address: optimizer/lr, training/batch_size, ..."
@@ -108,6 +137,7 @@ class Resolved:
         config: the same, validated.
         table: layer table of the base configuration's model.
         space: distributions by address.
+        measures: of the person's own.
     """
 
     sweep: Sweep
@@ -115,6 +145,7 @@ class Resolved:
     config: "TrialConfig"
     table: "LayerTable"
     space: dict[str, "BaseDistribution"]
+    measures: tuple["Measure", ...] = ()
 
 
 def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None) -> Resolved:
@@ -128,6 +159,7 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
     """
     from trainables.build import layer_table
+    from trainables.measures import load_all
 
     config = trial_config(sweep)
     sweep = _located(sweep)
@@ -140,10 +172,11 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
     table = layer_table(config)
     base = config.tree()
     found = made(sweep.space, table.quantizable, base) if space is None else dict(space)
-    check(sweep, base, table, found)
+    measures = load_all(sweep.measures)
+    check(sweep, base, table, found, measures)
     if callable(sweep.space):
         sweep = replace(sweep, space=found)
-    resolved = Resolved(sweep, base, config, table, found)
+    resolved = Resolved(sweep, base, config, table, found, measures)
     if sweep.sampler == "frontier":
         from raysearch.choice import choose
 
@@ -174,14 +207,16 @@ def _located(sweep: Sweep) -> Sweep:
 
     space = located(sweep.space) if isinstance(sweep.space, str) else sweep.space
     names = [located(name) for name in (sweep.method, sweep.model, sweep.data)]
-    return replace(sweep, method=names[0], model=names[1], data=names[2], space=space)
+    measures = {name: located(source) for name, source in sweep.measures.items()}
+    return replace(sweep, method=names[0], model=names[1], data=names[2], space=space, measures=measures)
 
 
 def files_of(sweep: Sweep) -> dict[str, str]:
     """SHA-256 of each file that training takes code from, by path. What a space gave is in `sweep.json` itself."""
     from trainables.plugins import is_file, split
 
-    paths = [split(name)[0] for name in (sweep.method, sweep.model, sweep.data) if is_file(name)]
+    names = (sweep.method, sweep.model, sweep.data, *sweep.measures.values())
+    paths = [split(name)[0] for name in names if is_file(name) or name.endswith(".json")]
     return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
 
@@ -209,9 +244,13 @@ def _check_types(sweep: Sweep) -> None:
             faults.append(f"{name} = {given[name]!r}: true or false")
     if not (isinstance(sweep.space, str | Mapping) or callable(sweep.space)):
         faults.append(f"space = {sweep.space!r}: a name, a function, or distributions by address")
-    for name in ("objectives", "settings"):
+    for name in ("objectives", "measures", "reference", "settings"):
         if not isinstance(given[name], dict) or not all(isinstance(key, str) for key in given[name]):
             faults.append(f"{name} = {given[name]!r}: a dictionary by name")
+        elif name == "measures" and not all(isinstance(source, str) for source in given[name].values()):
+            faults.append(f"{name} = {given[name]!r}: text by name")
+    if not isinstance(sweep.limits, list) or not all(isinstance(text, str) for text in sweep.limits):
+        faults.append(f"limits = {sweep.limits!r}: a list of texts such as latency<=12.5")
     if faults:
         raise SweepError("; ".join(faults))
 
@@ -244,6 +283,7 @@ def check_values(sweep: Sweep) -> None:
         ("max_relative_bops", 1, "a share of the 32x32-bit BOPs, 0..1"),
         ("max_size_bytes", sys.float_info.max, "a number >= 0"),
         ("max_checkpoint_bytes", sys.float_info.max, "a number >= 0"),
+        ("min_accuracy", 1, "an accuracy, 0..1"),
         ("gpus_per_worker", sys.float_info.max, "a number >= 0"),
     ):
         value = getattr(sweep, name)
@@ -254,11 +294,36 @@ def check_values(sweep: Sweep) -> None:
         faults.append(f"unknown sampler {sweep.sampler!r}{hint}")
     faults += [f"settings: {a} is the field {name!r} of the sweep" for a, name in FIELDS.items() if a in sweep.settings]
     try:
-        check_objectives(sweep.objectives)
+        check_objectives(sweep.objectives, sweep.measures)
     except ValueError as error:
         faults.append(str(error))
+    faults += _own_faults(sweep)
     if faults:
         raise SweepError("; ".join(faults))
+
+
+def _own_faults(sweep: Sweep) -> list[str]:
+    """What is wrong with measures, limits on them, and the reference."""
+    from analysis.pick import parsed
+    from trainables.plugins import nearest
+
+    faults = [f"measure {n!r}: a name of letters, digits and _, none of a record's own" for n in sweep.measures]
+    faults = [f for f, n in zip(faults, sweep.measures, strict=True) if not n.isidentifier() or n in TAKEN]
+    for text in sweep.limits:
+        try:
+            name = parsed(text).column
+        except ValueError as error:
+            faults.append(f"limits = {sweep.limits!r}: {error}")
+            continue
+        if name not in sweep.measures:
+            other = {"accuracy": "; use min_accuracy"} | {flag[4:]: f"; use {flag}" for flag in FLAGS.values()}
+            hint = other.get(name) or nearest(name, list(sweep.measures)) or "; name it among the measures"
+            faults.append(f"limit {text!r}: {name} is no measure of this sweep{hint}")
+    for name, value in sweep.reference.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in sweep.objectives or not number:
+            faults.append(f"reference {name} = {value!r}: a number for one of {', '.join(sweep.objectives)}")
+    return faults
 
 
 def _setting_faults(settings: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import atexit
 import gc
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,16 @@ ERROR = "error.txt"
 """Traceback of a failed trial, in its folder."""
 
 
-def make_job(number: int, tree: dict[str, Any], folder: Path, starts: Path, data_root: str | None, device: str) -> Job:
-    """The job of one trial, as it travels to a worker."""
+def make_job(
+    number: int,
+    tree: dict[str, Any],
+    folder: Path,
+    starts: Path,
+    data_root: str | None,
+    device: str,
+    measures: Mapping[str, Any] | None = None,
+) -> Job:
+    """The job of one trial, as it travels to a worker; `measures` are where a person's own come from, by name."""
     return {
         "number": number,
         "tree": tree,
@@ -30,6 +38,7 @@ def make_job(number: int, tree: dict[str, Any], folder: Path, starts: Path, data
         "starts": str(starts),
         "data_root": data_root,
         "device": device,
+        "measures": dict(measures or {}),
     }
 
 
@@ -50,6 +59,7 @@ def messages(job: Job) -> Iterator[Message]:
     from trainables.build import load_data
     from trainables.config import parse
     from trainables.fit import fit
+    from trainables.measures import load_all
     from trainables.start import float_start
 
     began_at = time.time()
@@ -60,7 +70,8 @@ def messages(job: Job) -> Iterator[Message]:
         config = parse(job["tree"])
         load_data(config, root)  # while another slot may still train the float start
         start = float_start(config, Path(job["starts"]), data_root=root, device=job["device"])
-        for report in fit(config, data_root=root, start=start, folder=folder, device=job["device"]):
+        options = {"data_root": root, "device": job["device"], "measures": load_all(job["measures"])}
+        for report in fit(config, start=start, folder=folder, **options):
             yield {
                 "report": report.to_json(),
                 "done": report.epoch == report.epochs,

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model, with_config
@@ -180,7 +181,7 @@ def parse(tree: Mapping[str, Any]) -> TrialConfig:
         settings = {key: value for key, value in given.items() if key != "name"}
         parts[name] = Plugin(name=given["name"], settings=_settings(name, given["name"], settings, faults))
     for name, section in SECTIONS.items():
-        parts[name] = _validated(TypeAdapter(section), tree.get(name) or {}, name, _names(section), faults)
+        parts[name] = _validated(_adapter(section), tree.get(name) or {}, name, _names(section), faults)
     parts["bits"] = _bits(tree.get("bits") or {}, faults)
     seed = tree.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
@@ -206,15 +207,25 @@ def _description(annotation: Any) -> str:
 
 
 def _plugin_fields(part: str, name: str) -> dict[str, tuple[Any, Any]]:
-    if part == "method":
-        settings = plugins.attribute("methods", name, "Method").Settings
-        hints = get_type_hints(settings, include_extras=True)  # inherited ones too
-        return {f.name: (hints[f.name], _default(f)) for f in fields(settings)}
-    function = plugins.attribute(PLUGINS[part], name, {"model": "build", "data": "splits"}[part])
-    hints = inspect.get_annotations(function, eval_str=True)
+    return _fields_of(_owner(part, name))
+
+
+def _owner(part: str, name: str) -> Any:
+    """What defines the settings of a plug-in: a dataclass, or a function with keyword parameters."""
+    wanted = {"method": "Method", "model": "build", "data": "splits"}[part]
+    found = plugins.attribute(PLUGINS[part], name, wanted)
+    return found.Settings if part == "method" else found
+
+
+@cache
+def _fields_of(owner: Any) -> dict[str, tuple[Any, Any]]:
+    if is_dataclass(owner):
+        hints = get_type_hints(owner, include_extras=True)  # inherited ones too
+        return {f.name: (hints[f.name], _default(f)) for f in fields(owner)}
+    hints = inspect.get_annotations(owner, eval_str=True)
     return {
         p.name: (hints.get(p.name, Any), p.default)
-        for p in inspect.signature(function).parameters.values()
+        for p in inspect.signature(owner).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_SETTINGS
     }
 
@@ -225,14 +236,21 @@ def _default(setting: Any) -> Any:
     return inspect.Parameter.empty if setting.default is MISSING else setting.default
 
 
-def _settings(part: str, name: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    known = _plugin_fields(part, name)
+@cache
+def _adapter(owner: Any) -> TypeAdapter[Any]:
+    """Validates settings; made once, because a search parses thousands of configurations."""
+    if owner in SECTIONS.values():
+        return TypeAdapter(owner)
     definitions: dict[str, Any] = {
         key: (annotation, ... if default is inspect.Parameter.empty else default)
-        for key, (annotation, default) in known.items()
+        for key, (annotation, default) in _fields_of(owner).items()
     }
-    schema = create_model(f"{part}_{name}", __config__=_STRICT, **definitions)
-    value = _validated(TypeAdapter(schema), given, part, list(known), faults)
+    return TypeAdapter(create_model("settings", __config__=_STRICT, **definitions))
+
+
+def _settings(part: str, name: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    owner = _owner(part, name)
+    value = _validated(_adapter(owner), given, part, list(_fields_of(owner)), faults)
     return {} if value is None else value.model_dump(mode="json")
 
 

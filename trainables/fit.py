@@ -8,8 +8,8 @@ perhaps never delivered is reported again.
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.nn import functional
 from trainables import checkpoint, modules, plugins, quantize, shared_norm, world
 from trainables.build import build_model, load_data
 from trainables.config import TrialConfig, resolve_bits
-from trainables.cost import FLOAT_BITS, LayerTable, bops, size_bytes
+from trainables.cost import FLOAT_BITS, Bits, LayerTable, bops, size_bytes
 from trainables.errors import ConfigError, DivergedError
 from trainables.layers import trace
+from trainables.measures import IMAGES, Measure, known
 from trainables.method import Method, Point
 from trainables.optimizers import Optimizers
 from trainables.splits import Split
@@ -42,6 +43,7 @@ class PointReport:
         relative_bops: over those of the network at 32 x 32 bits, 0..1.
         size_bytes: as exported.
         bits: layer -> [weight bits, activation bits].
+        measures: a person's own, by name (`trainables.measures`); those of the trained model with the last epoch only.
     """
 
     label: str
@@ -51,6 +53,7 @@ class PointReport:
     relative_bops: float
     size_bytes: int
     bits: dict[str, list[int]]
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +94,19 @@ class Session:
         data_root: where the data set lies.
         start: float weights to start from.
         device: where to train.
+        measures: a person's own, taken at each operating point.
     """
 
     def __init__(
-        self, config: TrialConfig, *, data_root: Path | None = None, start: Path | None = None, device: str = "cpu"
+        self,
+        config: TrialConfig,
+        *,
+        data_root: Path | None = None,
+        start: Path | None = None,
+        device: str = "cpu",
+        measures: Sequence[Measure] = (),
     ) -> None:
-        self.config = config
+        self.config, self.measures = config, measures
         self.device = torch.device(device)
         torch.manual_seed(config.seed)
         quantize.use_compiled(config.training.compile == "quantizers")
@@ -195,17 +205,28 @@ class Session:
             if row.name in point.bits
         ]
 
-    def measure(self, split: Split) -> list[PointReport]:
-        """Evaluate every operating point on a split."""
-        return [self._measured(point, split) for point in self.points()]
+    def measure(self, split: Split, *, trained: bool = False) -> list[PointReport]:
+        """Evaluate every operating point on a split; `trained` takes the measures of the trained model, too."""
+        return [self._measured(point, split, trained=trained) for point in self.points()]
 
-    def _measured(self, point: Point, split: Split) -> PointReport:
+    def _own(self, bits: Bits, *, trained: bool) -> dict[str, float]:
+        """A person's own measures of the active operating point."""
+        values = known(self.measures, self.table, bits)
+        learned = [m for m in self.measures if m.takes == "model"] if trained else []
+        if learned:
+            batches = self.data.validation.batches(IMAGES, device=self.device, seed=None, augment=False)
+            images = next(iter(batches))[0]
+            self.model.eval()
+            values |= {m.name: m.of_model(self.table, bits, self.model, images) for m in learned}
+        return {m.name: values[m.name] for m in self.measures if m.name in values}
+
+    def _measured(self, point: Point, split: Split, *, trained: bool) -> PointReport:
         point.activate()
         accuracy, loss = evaluate(self.forward, split, self.device)
-        return self.report(point, accuracy, loss)
+        return self.report(point, accuracy, loss, trained=trained)
 
-    def report(self, point: Point, accuracy: float, loss: float) -> PointReport:
-        """An operating point with what it reaches and what it costs."""
+    def report(self, point: Point, accuracy: float, loss: float, *, trained: bool = False) -> PointReport:
+        """An operating point, which is active, with what it reaches and what it costs."""
         operations = bops(self.table, point.bits, output_share=point.output_share, input_share=point.input_share)
         return PointReport(
             label=point.label,
@@ -217,6 +238,7 @@ class Session:
                 self.table, point.bits, extra_floats=point.extra_floats, output_share=point.output_share
             ),
             bits={name: [width.weight, width.activation] for name, width in point.bits.items()},
+            measures=self._own(point.bits, trained=trained),
         )
 
 
@@ -227,6 +249,7 @@ def fit(
     start: Path | None = None,
     folder: Path | None = None,
     device: str = "cpu",
+    measures: Sequence[Measure] = (),
 ) -> Iterator[Report]:
     """Train one trial and yield a report after each epoch.
 
@@ -236,12 +259,13 @@ def fit(
         start: float weights to start from (`start.float_start` makes them).
         folder: where the trial's checkpoint is kept and looked for; None keeps nothing.
         device: `cpu` or `cuda`.
+        measures: a person's own, for the reports.
 
     Raises:
         ConfigError, DataError, PluginError: before anything is trained.
         DivergedError: the loss is no longer finite.
     """
-    session = Session(config, data_root=data_root, start=start, device=device)
+    session = Session(config, data_root=data_root, start=start, device=device, measures=measures)
     path = None if folder is None else folder / checkpoint.FILE
     done = 0
     state = None if path is None else _recovered(path)
@@ -270,7 +294,7 @@ def fit(
         world.average(b for name, b in session.model.named_buffers() if "running_" in name)
         if epoch <= config.search_epochs and session.method.after_epoch(session.model, epoch):
             optimizers = session.optimizers()
-        points = session.measure(session.data.validation)
+        points = session.measure(session.data.validation, trained=epoch == config.training.epochs)
         report = Report(
             epoch=epoch,
             epochs=config.training.epochs,

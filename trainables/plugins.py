@@ -48,7 +48,7 @@ def load(kind: str, name: str) -> ModuleType:
     """The module of a plug-in.
 
     Args:
-        kind: `methods`, `models`, `data` or `spaces`.
+        kind: `methods`, `models`, `data` or `spaces`; `measures`, of which there are none by name.
         name: a name of ours (`lsq`), or the dotted path (`mylab.ternary`) or file (`ternary.py`) of one's own.
 
     Raises:
@@ -56,9 +56,11 @@ def load(kind: str, name: str) -> ModuleType:
     """
     if is_file(name):
         return _run(Path(split(name)[0]).resolve())
+    if "." in name:
+        return _import(name)
     package = KINDS[kind]
-    if "." in name or f"{package}.{name}" in sys.modules:
-        return _import(name if "." in name else f"{package}.{name}")
+    if f"{package}.{name}" in sys.modules:
+        return _import(f"{package}.{name}")
     names = list(describe(package))
     if name not in names:
         singular = {"methods": "method", "models": "model", "data": "data set", "spaces": "space"}[kind]
@@ -102,7 +104,8 @@ def located(name: str) -> str:
     ('lsq', '/home/me/nets.py:wide')
     """
     path, wanted = split(name)
-    return ":".join([str(Path(path).resolve()), *([wanted] if wanted else [])]) if is_file(name) else name
+    named = path.endswith((".py", ".json"))
+    return ":".join([str(Path(path).resolve()), *([wanted] if wanted else [])]) if named else name
 
 
 def label(name: str) -> str:

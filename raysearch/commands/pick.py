@@ -25,6 +25,7 @@ PICKED = (
 @click.option(
     "--min-accuracy", type=click.FloatRange(0, 1), metavar="A", help="validation accuracy of at least A, 0..1"
 )
+@click.option("--limit", "limits", multiple=True, metavar="NAME<=VALUE", help="a limit on any other column of records")
 @click.option("--test/--no-test", "with_test", default=True, help="measure the test accuracy, once  [default: test]")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout")
 def command(run_folder: Path, with_test: bool, as_json: bool, max_relative_bops: float | None, **limits: Any) -> None:
@@ -40,7 +41,7 @@ def command(run_folder: Path, with_test: bool, as_json: bool, max_relative_bops:
         raise TrialError(str(error)) from error
     where = (int(point["trial"]), point["point"])
     record = next(row for row in result.records() if (row["trial"], row["point"]) == where)
-    chosen = {name: record.get(name) for name in PICKED}
+    chosen = {name: record.get(name) for name in (*PICKED, *record.get("measures", ()))}
     if with_test:
         chosen["test_accuracy"] = result.test(record)
     click.echo(json.dumps(chosen) if as_json else _describe(result, chosen))
@@ -58,6 +59,7 @@ def _describe(result: Any, chosen: dict[str, Any]) -> str:
     lines += [
         f"  BOPs                 {human_count(chosen['bops'])} ({chosen['relative_bops']:.3%} of 32x32 bits)",
         f"  size                 {human_bytes(chosen['size_bytes'])} ({chosen['size_bytes']} bytes)",
+        *(f"  {name:19s}  {value:.6g}" for name, value in chosen.items() if name not in PICKED),
         f"  checkpoint           {result.path / chosen['checkpoint']}",
         "  bits (weight/activation)",
         *(f"    {layer:24s} {w}/{a}" for layer, (w, a) in chosen["bits"].items()),

@@ -11,7 +11,6 @@ from raysearch.watching import watched
 
 @click.command()
 @sweep_options()
-@click.option("--objectives", help="what to search for  [default: accuracy:max,bops:min,size_bytes:min]")
 @click.option("--out", type=click.Path(path_type=Path), help="run folder to make  [default: runs/NAME]")
 def command(out: Path | None, **options: Any) -> None:
     """Search: train many configurations and show the front."""

@@ -232,9 +232,14 @@ def test_the_loss_needs_a_reference():
     assert reference.tolist() == [-0.25, 2.0]
 
 
-def test_a_reference_names_exactly_the_objectives():
+def test_a_reference_names_objectives_only_and_leaves_the_others_as_shares():
     with pytest.raises(ValueError, match="give accuracy, bops"):
-        scaled(POINTS, {"accuracy": "max", "bops": "min"}, {"accuracy": 0.1})
+        scaled(POINTS, {"accuracy": "max", "bops": "min"}, {"size_bytes": 100})
+    mixed, reference = scaled(POINTS, {"accuracy": "max", "bops": "min"}, {"accuracy": 0.1})
+    shares, _ = scaled(POINTS, {"accuracy": "max", "bops": "min"})
+    assert reference.tolist() == [-0.1, 1.0]
+    assert mixed[:, 0].tolist() == (-POINTS["accuracy"]).tolist()
+    assert mixed[:, 1].tolist() == shares[:, 1].tolist()
 
 
 def test_bops_need_relative_bops_for_the_shared_reference():

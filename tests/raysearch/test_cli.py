@@ -467,8 +467,9 @@ def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
 
 def test_the_help_of_sweep_names_every_field() -> None:
     ((_, out, _, _),) = in_a_process([["sweep", "--help"]], {"ray"})
+    flags = {"settings": "set", "measures": "measure", "limits": "limit"}
     for name in Sweep().tree():
-        assert f"--{ {'settings': 'set'}.get(name, name).replace('_', '-') }" in out
+        assert f"--{flags.get(name, name).replace('_', '-')}" in out
     assert "--from" in out
     assert "--out" in out
 

@@ -23,6 +23,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from raysearch.ledger import STUDY, Ledger, Proposal
+from raysearch.limits import limits_of
 from raysearch.proposals import cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.sweep import SAMPLERS, Resolved, Sweep, resolve
@@ -100,7 +101,7 @@ def affordable(sweep: Sweep) -> int:
     base = resolve(sweep).base
     widths = range(2, 9)
     costs = [cost_of({**base, "bits": {"*": {"weight": w, "activation": a}}}) for w in widths for a in widths]
-    return sum(not cost.over(sweep) for cost in costs)
+    return sum(not cost.over(limits_of(sweep)) for cost in costs)
 
 
 @FEW

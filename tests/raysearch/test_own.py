@@ -7,14 +7,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+import raysearch
 from raysearch.driver import resume
 from raysearch.errors import SweepError
 from raysearch.space import read, written
 from raysearch.sweep import Sweep, check_files, default_name, files_of, resolve
 from tests.raysearch.builders import law, make_run
+from tests.raysearch.cluster import cluster
 from trainables.errors import ConfigError, PluginError
+
+__all__ = ["cluster"]
 
 SPACE = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -138,3 +143,68 @@ def test_a_sweep_does_not_go_on_with_other_code(files: Path, change: str) -> Non
 def test_a_file_that_is_not_there_is_an_error(files: Path) -> None:
     with pytest.raises(PluginError, match=r"no file .*none\.py on this machine"):
         resolve(Sweep(space="none.py"))
+
+
+ENERGY = """
+def measure(layer, bits):
+    return layer.macs * (bits.weight + bits.activation) / 1e6
+"""
+SECONDS = """
+import time
+
+def measure(model, images):
+    began = time.perf_counter()
+    model(images)
+    return time.perf_counter() - began
+"""
+
+
+@pytest.fixture(scope="module")
+def result(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A sweep over a space, a model and two objectives of one's own, each in one file."""
+    folder = tmp_path_factory.mktemp("own")
+    for name, text in {"wide.py": SPACE, "nets.py": MODEL, "energy.py": ENERGY, "runtime.py": SECONDS}.items():
+        (folder / name).write_text(text)
+    sweep = Sweep(
+        model=f"{folder}/nets.py:net",
+        space=f"{folder}/wide.py",
+        objectives={"accuracy": "max", "energy": "min", "runtime": "min"},
+        measures={"energy": f"{folder}/energy.py", "runtime": f"{folder}/runtime.py"},
+        limits=["energy<=0.02"],
+        reference={"energy": 0.02, "runtime": 1.0},
+        trials=6,
+        epochs=2,
+        concurrent=1,
+        settings={"data/train_limit": 128, "data/validation_limit": 64, "start/epochs": 0},
+    )
+    return raysearch.run(sweep, folder / "run")
+
+
+def test_a_sweep_over_a_space_a_model_and_objectives_of_ones_own(result: Any) -> None:
+    rows = result.records()
+    assert [row["status"] for row in rows] == ["complete"] * 6
+    macs = {"1": 64, "3": 10}
+    for row in rows:
+        hidden = row["params"]["model/hidden"]
+        energy = sum(macs[name] * hidden * (w + a) / 1e6 for name, (w, a) in row["bits"].items())
+        assert row["energy"] == pytest.approx(energy)
+        assert row["energy"] <= 0.02
+        assert 0 < row["runtime"] < 10
+        assert ["runtime" in epoch for epoch in row["history"]] == [False, True]
+    front = result.front()
+    assert 0 < front.hypervolume() <= 1
+    assert {"energy", "runtime"} <= set(front.to_pandas().columns)
+    assert front.pick(limits=["energy<=0.02"])["accuracy"] == max(row["accuracy"] for row in rows)
+    with pytest.raises(ValueError, match="no point fits energy <= 0: the least is energy"):
+        front.pick(limits=["energy<=0"])
+
+
+def test_the_mirror_has_the_measures_of_ones_own(result: Any) -> None:
+    assert result.mirrored is not None
+    client = MlflowClient(f"sqlite:///{result.path.resolve() / 'mlflow.db'}")
+    (experiment,) = (e for e in client.search_experiments() if e.name != "Default")
+    runs = client.search_runs([experiment.experiment_id], "tags.`raysearch.kind` = 'trial'")
+    energies = {int(run.data.tags["raysearch.trial"]): run.data.metrics["energy"] for run in runs}
+    assert energies == {row["trial"]: row["energy"] for row in result.records()}
+    (summary,) = client.search_runs([experiment.experiment_id], "tags.`raysearch.kind` = 'sweep'")
+    assert summary.data.metrics["hypervolume"] == pytest.approx(result.front().hypervolume())

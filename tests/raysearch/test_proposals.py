@@ -14,6 +14,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from raysearch.limits import limits_of
 from raysearch.proposals import (
     ORDER,
     Cost,
@@ -290,7 +291,7 @@ COST = Cost(digest="", bops=1000, relative_bops=0.5, size_bytes=200, bits={})
     ],
 )
 def test_a_cost_says_which_limits_it_breaks(limits: dict[str, float], words: str) -> None:
-    assert COST.over(small_sweep(**limits)) == words
+    assert COST.over(limits_of(small_sweep(**limits))) == words
 
 
 @law
