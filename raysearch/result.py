@@ -94,7 +94,7 @@ class Result:
         return accuracy
 
     def export(
-        self, trial: int, point: str = "final", *, to: str | Path, opset: int | None = None
+        self, trial: int, point: str = "final", *, to: str | Path, opset: int | None = None, checked: int = CHECKED
     ) -> "Agreement | None":
         """Write a point as a file that runs elsewhere; the ending of `to` says which.
 
@@ -106,6 +106,7 @@ class Result:
             point: its operating point.
             to: file to write.
             opset: of ONNX, 20..25; None takes the oldest that has the types that the widths need.
+            checked: test images, at most, on which onnxruntime must predict what torch predicts; 0: all.
 
         Returns:
             how far onnxruntime agrees with torch, for `.onnx`; None for the others, which come back bit by bit.
@@ -139,9 +140,9 @@ class Result:
         for images, _ in session.data.test.batches(CHECKED, device=torch.device("cpu"), seed=None, augment=False):
             parts.append(images)
             count += len(images)
-            if count >= CHECKED:
+            if checked and count >= checked:
                 break
-        return save_onnx(path, session.model, images=torch.cat(parts)[:CHECKED], opset=opset, **facts)
+        return save_onnx(path, session.model, images=torch.cat(parts)[: checked or None], opset=opset, **facts)
 
     def layers(self, trial: int, point: str = "final") -> "pd.DataFrame":
         """What a trained network is, layer by layer: weights, MACs, widths, and what its method has learned besides.

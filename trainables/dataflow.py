@@ -51,12 +51,14 @@ class Flow:
         producer: the layer whose output channels it reads one by one; None behind a sum or a concatenation.
         depthwise: whether each output channel comes from the input channel of the same number alone.
         norm: name of the batch norm that alone reads its output, else None.
+        removable: whether its output reaches nothing but layers that sum over its channels, so that some can go.
     """
 
     reads: list[int] = field(default_factory=list)
     producer: str | None = None
     depthwise: bool = False
     norm: str | None = None
+    removable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,9 @@ def _read(graph: fx.Graph, modules: dict[str, nn.Module], model: nn.Module, call
             flows[node.target].reads.append(numbers[_same(node.all_input_nodes[0], parts)])
             producers[node.target].append(_producer(node.all_input_nodes[0], modules, parts))
             norms[node.target].append(_norm(node, parts, targets))
+            flows[node.target].removable = targets.count(node.target) == 1 and _reaches_layers(
+                node, modules, parts, norms[node.target][0]
+            )
     for name, flow in flows.items():
         flow.producer = _only(producers[name])
         flow.norm = _only(norms[name])
@@ -191,6 +196,23 @@ def _producer(node: fx.Node, modules: dict[str, nn.Module], parts: dict[str, nn.
             return None
         node = node.all_input_nodes[0]
     return None
+
+
+def _reaches_layers(
+    node: fx.Node, modules: dict[str, nn.Module], parts: dict[str, nn.Module], norm: str | None
+) -> bool:
+    """Whether all that reads a tensor are layers that sum over its channels, at most behind channel-by-channel maps."""
+    for user in node.users:
+        module = parts[str(user.target)] if user.op == "call_module" else None
+        if user.op == "call_module" and str(user.target) in modules:
+            passes = getattr(module, "groups", 1) == 1
+        else:
+            alone = isinstance(module, _CHANNEL_BY_CHANNEL) and not (isinstance(module, NORMS) and user.target != norm)
+            known = alone or (module is None and user.target in _CHANNEL_BY_CHANNEL_FUNCTIONS)
+            passes = known and _reaches_layers(user, modules, parts, norm)
+        if not passes:
+            return False
+    return bool(node.users)
 
 
 def _norm(node: fx.Node, parts: dict[str, nn.Module], targets: list[Any]) -> str | None:

@@ -19,6 +19,9 @@ Layers of 8 and 8 bits are written so that onnxruntime takes its integer kernels
 the two steps, which would be coarse at fewer bits; there, and everywhere if the integer kernels change predictions, a
 node behind the DequantizeLinear keeps it from doing so: the norm's scale as a factor, or a `Sum` of one term.
 
+Pruned channels are removed where nothing but layers read them (`onnx_pruning`); what is left of them elsewhere, such as
+in front of a residual sum, are weights of 0.
+
 Sums are made in another order than in torch, which now and then moves a value across the border between two levels. So
 logits agree to about 1e-6 unless one does; then they differ by what one level makes.
 """
@@ -38,7 +41,8 @@ from trainables.coded import Coded, Read, at_this_point, coded, standing, widths
 from trainables.encoding import MOST_BITS, Clipped
 from trainables.errors import ConfigError
 from trainables.onnx_constants import dense_groups, storage
-from trainables.onnx_graph import GRAPH_OPSET, INPUT, OUTPUT, Graph, float_graph, plain_twin
+from trainables.onnx_graph import GRAPH_OPSET, INPUT, OUTPUT, Graph, float_graph, flows_of, plain_twin
+from trainables.onnx_pruning import without_pruned
 
 NEWEST = 25
 IR_VERSIONS = {20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
@@ -136,7 +140,9 @@ def write_onnx(
     twin = at_this_point(model)
     layers, sites = coded(twin), standing(twin)
     opset = _opset(layers, sites, opset)
-    folded = plain_twin(twin, layers, sites)
+    flows = flows_of(twin, layers)
+    folded = plain_twin(twin, layers, sites, flows)
+    layers, folded = without_pruned(twin, layers, folded, flows, input_shape)
     proto = float_graph(twin, input_shape)
     Graph(proto.graph, integer=integer).quantize(layers, sites, folded, dict(twin.state_dict()))
     _finish(proto, opset, layers, facts)

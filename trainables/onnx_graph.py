@@ -30,45 +30,53 @@ class _Marked(torch.autograd.Function):
     """A node that says which quantizer stands here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
-        return x.clone()
+    def forward(ctx: Any, x: Tensor, name: str, encoding: Encoding) -> Tensor:
+        return encoding.rounded(x)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, name: str) -> Any:
+    def symbolic(g: Any, x: Any, name: str, encoding: Encoding) -> Any:
         return g.op(f"{DOMAIN}::{MARK}", x, name_s=name).setType(x.type())
 
 
 class _Mark(nn.Module):
     """Stands in the place of the quantizer `name`."""
 
-    def __init__(self, name: str, before: nn.Module | None) -> None:
+    def __init__(self, name: str, encoding: Encoding, before: nn.Module | None) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.encoding = name, encoding
         self.before = before or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Marked.apply(self.before(x), self.name)
+        return _Marked.apply(self.before(x), self.name, self.encoding)
 
 
-def plain_twin(twin: nn.Module, layers: Mapping[str, Coded], sites: Mapping[str, Read]) -> dict[str, Tensor]:
+def flows_of(twin: nn.Module, layers: Mapping[str, Coded]) -> dict[str, dataflow.Flow]:
+    """Where the layers stand, if that can be told."""
+    try:
+        return dataflow.trace(twin, layers).layers
+    except ConfigError:  # a forward that branches has no symbolic trace, but the exporter can follow one path
+        return {}
+
+
+def plain_twin(
+    twin: nn.Module, layers: Mapping[str, Coded], sites: Mapping[str, Read], flows: Mapping[str, dataflow.Flow]
+) -> dict[str, Tensor]:
     """Make quantized layers ordinary ones behind marks, in place, and fold the batch norms that alone read one of them.
 
     Returns:
         for each folded layer, what its output channels are multiplied by.
     """
-    try:
-        flows = dataflow.trace(twin, layers).layers
-    except ConfigError:  # a forward that branches has no symbolic trace, but the exporter can follow one path
-        flows = {}
     factors = {}
     for name, read in sites.items():
-        twin.set_submodule(name, _Mark(name, read.before))
+        assert read.encoding is not None
+        twin.set_submodule(name, _Mark(name, read.encoding, read.before))
     for name, layer in list(modules.quantized_layers(twin)):
         plain = _ordinary(layer, layers[name].values)
         modules.put(twin, name, plain)
         reads = layers[name].reads
         if reads is not None and (reads.encoding is not None or reads.before is not None):
-            plain.reads = _Mark(name, reads.before) if reads.encoding is not None else reads.before
+            mark = None if reads.encoding is None else _Mark(name, reads.encoding, reads.before)
+            plain.reads = reads.before if mark is None else mark
             plain.register_forward_pre_hook(_through_reads)
         norm_name = flows[name].norm if name in flows else None
         if norm_name is None or hasattr(plain, modules.OUTPUT):

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -130,6 +131,19 @@ def test_each_point_of_a_switchable_network_is_a_network_of_its_own(name: str, t
     outputs = {label: each(digits()[:8]) for label, each in loaded.items()}
     assert len(outputs) > 2
     assert len({tuple(map(tuple, logits.tolist())) for logits in outputs.values()}) == len(outputs)
+
+
+def test_channels_that_only_layers_read_are_gone_from_onnx_files(tmp_path: Path) -> None:
+    found = network("bayesian_bits", "lenet5")
+    save_onnx(tmp_path / "network.onnx", found.model, images=digits()[:IMAGES])
+    shapes = {tensor.name: list(tensor.dims) for tensor in onnx.load(tmp_path / "network.onnx").graph.initializer}
+    left = {name: row["channels_left"] for name, row in found.method.details(found.model).items()}
+    assert left["conv1"] < 8
+    assert shapes["conv1.bias"] == [left["conv1"]]
+    assert shapes["conv2.codes"][:2] == [left["conv2"], left["conv1"]]
+    assert shapes["fc1.bias"] == [left["fc1"]]
+    counted = found.size_of(points(found)[0])
+    assert sum(len(t.raw_data) for t in onnx.load(tmp_path / "network.onnx").graph.initializer) < 0.9 * counted
 
 
 def test_bsq_stores_no_codes_of_a_layer_without_bits(tmp_path: Path) -> None:
