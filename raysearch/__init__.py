@@ -13,7 +13,7 @@ Heavy libraries are imported where they are used, so that `raysearch --help` is 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Result", "Sweep", "load", "resume", "run", "train"]
+__all__ = ["Result", "Sweep", "load", "resume", "run", "seeds_for", "train"]
 
 _HOMES = {
     "Sweep": "raysearch.sweep",
@@ -21,6 +21,7 @@ _HOMES = {
     "load": "raysearch.result",
     "run": "raysearch.driver",
     "resume": "raysearch.driver",
+    "seeds_for": "raysearch.knowledge",
     "train": "raysearch.single",
 }
 

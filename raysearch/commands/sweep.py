@@ -8,12 +8,21 @@ import click
 from raysearch.options import sweep_of, sweep_options
 from raysearch.watching import watched
 
+WARM_HELP = "start from the front of an earlier sweep, also of another model or data set; may be repeated"
+
 
 @click.command()
 @sweep_options()
 @click.option("--out", type=click.Path(path_type=Path), help="run folder to make  [default: runs/NAME]")
-def command(out: Path | None, **options: Any) -> None:
+@click.option(
+    "--try", "tries", type=click.Path(path_type=Path), help="JSON or CSV of settings by address, to be tried first"
+)
+@click.option("--warm-start", multiple=True, type=click.Path(path_type=Path), metavar="RUN", help=WARM_HELP)
+def command(out: Path | None, tries: Path | None, warm_start: tuple[Path, ...], **options: Any) -> None:
     """Search: train many configurations and show the front."""
     from raysearch.driver import run
+    from raysearch.knowledge import seeds_for
 
-    watched(lambda watcher: run(sweep_of(options), out, watcher=watcher))
+    sweep = sweep_of(options)
+    seeds = seeds_for(sweep, tries=tries, warm_start=warm_start) if tries or warm_start else None
+    watched(lambda watcher: run(sweep, out, watcher=watcher, seeds=seeds))

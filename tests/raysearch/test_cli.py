@@ -344,7 +344,6 @@ def test_a_disk_that_says_no_is_one_line_and_exit_code_1(cli: Cli, tmp_path: Pat
 
 @click.command()
 @sweep_options()
-@click.option("--objectives")
 def show(**options: Any) -> None:
     """What the flags say, for the tests."""
     click.echo(json.dumps(sweep_of(options).tree()))
