@@ -34,14 +34,14 @@ def graphs_compiled() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
+def run_compiled(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
     """Call the compiled twin of `kernel`; made on first use, with the sizes as symbols."""
     if kernel not in _compiled:
         _compiled[kernel] = torch.compile(kernel, dynamic=True, fullgraph=True)
     return _compiled[kernel](*tensors)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flattened(x: Tensor) -> Tensor:
     """The elements of a dense tensor in the order of memory, without a copy: one graph for every rank and layout.
 
     An alias made by `set_` rather than a view: the compiler would guard on the shape that a view was taken from.
@@ -49,34 +49,34 @@ def _flat(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))  # type: ignore[call-overload]
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """`x` itself if its elements fill its memory without gaps, else a copy that does."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
 
-def _laid_out_as(g: Tensor, x: Tensor) -> Tensor:
+def laid_out_as(g: Tensor, x: Tensor) -> Tensor:
     """`g` with the strides of `x`, so that both can be read in the order of memory."""
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
     """Sum of products of two tensors of the same shape, without a temporary."""
-    return torch.dot(_flat(_laid_out_as(_dense(a), b)), _flat(b))
+    return torch.dot(flattened(laid_out_as(dense(a), b)), flattened(b))
 
 
-def _elementwise(kernel: Callable[..., Any], x: Tensor, *others: Tensor) -> Tensor:
+def run_elementwise(kernel: Callable[..., Any], x: Tensor, *others: Tensor) -> Tensor:
     """Call the compiled `kernel` on the flat `x`; the result has the shape and layout of `x`."""
-    return _run(kernel, _flat(x), *others).as_strided_(x.shape, x.stride())
+    return run_compiled(kernel, flattened(x), *others).as_strided_(x.shape, x.stride())
 
 
-def _compilable() -> bool:
+def compilable() -> bool:
     """Whether to call compiled kernels: asked for, and not already inside a compiled model, which fuses by itself."""
     return _use_compiled and not torch.compiler.is_compiling()
 
 
-def _by_number(x: Tensor) -> bool:
+def by_number(x: Tensor) -> bool:
     """Whether to read scalars as Python numbers: it takes ATen's vectorised path on a CPU, and would break a graph."""
     return x.is_cpu and not torch.compiler.is_compiling()
 
@@ -110,7 +110,7 @@ def _lsq_backward(
 
 
 def _lsq_forward_eager(x: Tensor, scale: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
-    if _by_number(x) and scale.dim() == 0:
+    if by_number(x) and scale.dim() == 0:
         s = max(float(scale), SMALLEST_SCALE)
         return x.div(s).clamp_(float(q_min), float(q_max)).round_().mul_(s)
     return _lsq_forward(x, scale, q_min, q_max)
@@ -122,32 +122,32 @@ def _lsq_backward_eager(
     if scale.dim() > 0:
         grad_x, terms = _lsq_terms(g, x, scale, q_min, q_max)
         return grad_x, terms.sum(dim=tuple(range(1, x.dim())), keepdim=True).view_as(scale) * factor
-    if not _by_number(x):
+    if not by_number(x):
         return _lsq_backward(g, x, scale, q_min, q_max, factor)
     low, high = float(q_min), float(q_max)
     v = x.div(max(float(scale), SMALLEST_SCALE))
     grad_x = torch.ops.aten.hardtanh_backward(g, v, low, high)  # g strictly inside the range, else 0, in one pass
     error = torch.ops.aten.hardtanh_backward(v, v, low, high)
     torch.sub(v.clamp_(low, high).round_(), error, out=error)  # round(v) - v inside, the bound outside
-    return grad_x, _inner(g, error) * factor
+    return grad_x, inner_product(g, error) * factor
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, q_min: Tensor, q_max: Tensor, factor: Tensor) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.save_for_backward(x, scale, q_min, q_max, factor)
-        if _compilable() and scale.dim() == 0:
-            return _elementwise(_lsq_forward, x, scale.data, q_min, q_max)
+        if compilable() and scale.dim() == 0:
+            return run_elementwise(_lsq_forward, x, scale.data, q_min, q_max)
         return _lsq_forward_eager(x, scale, q_min, q_max)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, q_min, q_max, factor = ctx.saved_tensors
-        if _compilable() and scale.dim() == 0:
-            flat = _flat(_laid_out_as(g, x))
-            grad_x, grad_scale = _run(_lsq_backward, flat, _flat(x), scale.data, q_min, q_max, factor)
+        if compilable() and scale.dim() == 0:
+            flat = flattened(laid_out_as(g, x))
+            grad_x, grad_scale = run_compiled(_lsq_backward, flat, flattened(x), scale.data, q_min, q_max, factor)
             return grad_x.as_strided_(x.shape, x.stride()), grad_scale, None, None, None
         return *_lsq_backward_eager(g, x, scale, q_min, q_max, factor), None, None, None
 
@@ -197,36 +197,36 @@ def _clip_backward(g: Tensor, x: Tensor, clip_max: Tensor, q_min: Tensor, q_max:
 
 
 def _clip_forward_eager(x: Tensor, clip_max: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
-    if _by_number(x):
+    if by_number(x):
         scale = max(float(clip_max), SMALLEST_SCALE) / float(q_max)
         return x.div(scale).clamp_(float(q_min), float(q_max)).round_().mul_(scale)
     return _clip_forward(x, clip_max, q_min, q_max)
 
 
 def _clip_backward_eager(g: Tensor, x: Tensor, clip_max: Tensor, q_min: Tensor, q_max: Tensor) -> tuple[Tensor, Tensor]:
-    if not _by_number(x) or float(q_min) < 0:
+    if not by_number(x) or float(q_min) < 0:
         return _clip_backward(g, x, clip_max, q_min, q_max)
     clip_max = clip_max.clamp_min(SMALLEST_SCALE)
-    grad_max = _inner(g, (x >= clip_max).to(g.dtype))
+    grad_max = inner_product(g, (x >= clip_max).to(g.dtype))
     return g.masked_fill((x > clip_max) | (x < 0), 0.0), grad_max
 
 
 class _ClipQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip_max: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.save_for_backward(x, clip_max, q_min, q_max)
-        if _compilable():
-            return _elementwise(_clip_forward, x, clip_max.data, q_min, q_max)
+        if compilable():
+            return run_elementwise(_clip_forward, x, clip_max.data, q_min, q_max)
         return _clip_forward_eager(x, clip_max, q_min, q_max)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, clip_max, q_min, q_max = ctx.saved_tensors
-        if _compilable():
-            flat = _flat(_laid_out_as(g, x))
-            grad_x, grad_max = _run(_clip_backward, flat, _flat(x), clip_max.data, q_min, q_max)
+        if compilable():
+            flat = flattened(laid_out_as(g, x))
+            grad_x, grad_max = run_compiled(_clip_backward, flat, flattened(x), clip_max.data, q_min, q_max)
             return grad_x.as_strided_(x.shape, x.stride()), grad_max, None, None
         return *_clip_backward_eager(g, x, clip_max, q_min, q_max), None, None
 
@@ -262,11 +262,11 @@ def _unit_backward(g: Tensor, x: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor
 class _UnitQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.save_for_backward(x, q_min, q_max)
-        if _compilable():
-            return _elementwise(_unit_forward, x, q_min, q_max)
-        if _by_number(x):
+        if compilable():
+            return run_elementwise(_unit_forward, x, q_min, q_max)
+        if by_number(x):
             steps = float(q_max)
             return x.mul(steps).clamp_(float(q_min), steps).round_().div_(steps)
         return _unit_forward(x, q_min, q_max)
@@ -275,9 +275,9 @@ class _UnitQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, q_min, q_max = ctx.saved_tensors
-        if _compilable():
-            return _elementwise(_unit_backward, _laid_out_as(g, x), _flat(x), q_min, q_max), None, None
-        if _by_number(x):
+        if compilable():
+            return run_elementwise(_unit_backward, laid_out_as(g, x), flattened(x), q_min, q_max), None, None
+        if by_number(x):
             return torch.ops.aten.hardtanh_backward(g, x, float(q_min) / float(q_max), 1.0), None, None
         return _unit_backward(g, x, q_min, q_max), None, None
 
@@ -316,10 +316,10 @@ def _dorefa_backward(g: Tensor, w: Tensor, largest: Tensor, steps: Tensor, keep_
 class _DorefaWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, steps: Tensor, keep_scale: Tensor, through_max: bool) -> Tensor:
-        w = _dense(w)
+        w = dense(w)
         ctx.through_max = through_max
-        if _compilable():
-            y, largest = _run(_dorefa_forward, _flat(w), steps, keep_scale)
+        if compilable():
+            y, largest = run_compiled(_dorefa_forward, flattened(w), steps, keep_scale)
             y = y.as_strided_(w.shape, w.stride())
         else:
             y, largest = _dorefa_forward(w, steps, keep_scale)
@@ -330,8 +330,8 @@ class _DorefaWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         w, largest, steps, keep_scale = ctx.saved_tensors
-        if _compilable():
-            grad = _elementwise(_dorefa_backward, _laid_out_as(g, w), _flat(w), largest, steps, keep_scale)
+        if compilable():
+            grad = run_elementwise(_dorefa_backward, laid_out_as(g, w), flattened(w), largest, steps, keep_scale)
         else:
             grad = _dorefa_backward(g, w, largest, steps, keep_scale)
         if ctx.through_max:

@@ -160,7 +160,7 @@ def test_every_set_starts_with_the_values_of_the_norm():
 def test_the_way_by_tensor_gives_what_the_way_by_number_gives(shared_affine, training, monkeypatch):
     x, results = torch.randn(4, 3, 5, 5), []
     for by_number in (True, False):
-        monkeypatch.setattr(norm_sets, "_by_number", lambda x, answer=by_number: answer)
+        monkeypatch.setattr(norm_sets, "by_number", lambda x, answer=by_number: answer)
         norm = SwitchableNorm(nn.BatchNorm2d(3), 3, shared_affine=shared_affine).train(training)
         norm.index.fill_(1)
         y = norm(x)

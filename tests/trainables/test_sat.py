@@ -41,7 +41,7 @@ def codes(bits: int) -> Tensor:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way of a CPU, and the one of an accelerator, which reads no number back."""
     if request.param == "by tensor":
-        monkeypatch.setattr(sat_kernels, "_by_number", lambda x: False)
+        monkeypatch.setattr(sat_kernels, "by_number", lambda x: False)
     return request.param
 
 
@@ -205,7 +205,7 @@ def test_the_way_by_tensor_gives_what_the_way_by_number_gives(scheme, signed, mo
     for bits in (2, 8, 32):
         results = []
         for by_number in (True, False):
-            monkeypatch.setattr(sat_kernels, "_by_number", lambda x, answer=by_number: answer)
+            monkeypatch.setattr(sat_kernels, "by_number", lambda x, answer=by_number: answer)
             clip = SatClip(bits, signed=signed, scheme=scheme, clip_init=1.1, clip_float=True)
             weights = SatWeight(bits, scheme=scheme, target="stddev")
             given_x = x.clone().requires_grad_()

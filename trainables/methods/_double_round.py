@@ -24,14 +24,14 @@ from torch.autograd.function import once_differentiable
 
 from trainables.quantize import (
     SMALLEST_SCALE,
-    _by_number,
-    _compilable,
-    _dense,
-    _elementwise,
-    _flat,
-    _inner,
-    _laid_out_as,
-    _run,
+    by_number,
+    compilable,
+    dense,
+    flattened,
+    inner_product,
+    laid_out_as,
+    run_compiled,
+    run_elementwise,
 )
 
 Ties = Literal["even", "up", "away", "floor"]
@@ -124,7 +124,7 @@ def _round_twice_forward(w: Tensor, scale: Tensor, ratio: Tensor, q_min: Tensor,
 
 
 def _round_twice_eager(w: Tensor, scale: Tensor, ratio: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
-    if _by_number(w) and scale.dim() == 0:
+    if by_number(w) and scale.dim() == 0:
         s, r = max(float(scale), SMALLEST_SCALE), float(ratio)
         codes = w.div(s).round_()
         if r > 1:  # otherwise the second rounding is the identity
@@ -175,7 +175,7 @@ def _round_backward_eager(
     g: Tensor, x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
     """With one step for the whole tensor; in the fewest passes on a CPU, as in `quantize`."""
-    if not _by_number(x):
+    if not by_number(x):
         return _round_backward(g, x, step, q_min, q_max, factor)
     low, high = float(q_min), float(q_max)
     below, above = _beside(low, x.dtype, -torch.inf), _beside(high, x.dtype, torch.inf)
@@ -183,7 +183,7 @@ def _round_backward_eager(
     grad_x = torch.ops.aten.hardtanh_backward(g, v, below, above)  # g strictly between, else 0
     error = torch.ops.aten.hardtanh_backward(v, v, below, above)
     torch.sub(v.clamp_(low, high).round_(), error, out=error)  # round(v) - v inside, the bound outside
-    return grad_x, _inner(g, error) * factor
+    return grad_x, inner_product(g, error) * factor
 
 
 def _per_channel(terms: Tensor, scale: Tensor, pooled: bool) -> Tensor:
@@ -207,11 +207,11 @@ class _DoubleRound(torch.autograd.Function):
         chain: bool,
         pooled: bool,
     ) -> Tensor:
-        w = _dense(w)
+        w = dense(w)
         ctx.chain, ctx.pooled = chain, pooled
         ctx.save_for_backward(w, scale, ratio, q_min, q_max, factor)
-        if _compilable() and scale.dim() == 0:
-            return _elementwise(_round_twice_forward, w, scale.data, ratio, q_min, q_max)
+        if compilable() and scale.dim() == 0:
+            return run_elementwise(_round_twice_forward, w, scale.data, ratio, q_min, q_max)
         return _round_twice_eager(w, scale, ratio, q_min, q_max)
 
     @staticmethod
@@ -225,7 +225,7 @@ class _DoubleRound(torch.autograd.Function):
         elif scale.dim() > 0:
             grad_w, terms = _terms(g, w, floored * ratio, q_min, q_max)
             grad_scale = _per_channel(terms, scale, ctx.pooled) * factor
-        elif _compilable():
+        elif compilable():
             grad_w, grad_scale = _round_backward_compiled(g, w, floored * ratio, q_min, q_max, factor)
         else:
             grad_w, grad_scale = _round_backward_eager(g, w, floored * ratio, q_min, q_max, factor)
@@ -235,11 +235,11 @@ class _DoubleRound(torch.autograd.Function):
 class _RoundOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, q_min: Tensor, q_max: Tensor, factor: Tensor) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.save_for_backward(x, scale, q_min, q_max, factor)
-        if _compilable():
-            return _elementwise(_round_once_forward, x, scale.data, q_min, q_max)
-        if _by_number(x):
+        if compilable():
+            return run_elementwise(_round_once_forward, x, scale.data, q_min, q_max)
+        if by_number(x):
             s = max(float(scale), SMALLEST_SCALE)
             return x.div(s).clamp_(float(q_min), float(q_max)).round_().mul_(s)
         return _round_once_forward(x, scale, q_min, q_max)
@@ -248,12 +248,14 @@ class _RoundOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, q_min, q_max, factor = ctx.saved_tensors
-        backward = _round_backward_compiled if _compilable() else _round_backward_eager
+        backward = _round_backward_compiled if compilable() else _round_backward_eager
         return *backward(g, x, scale.detach().clamp_min(SMALLEST_SCALE), q_min, q_max, factor), None, None, None
 
 
 def _round_backward_compiled(
     g: Tensor, x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_scale = _run(_round_backward, _flat(_laid_out_as(g, x)), _flat(x), step, q_min, q_max, factor)
+    grad_x, grad_scale = run_compiled(
+        _round_backward, flattened(laid_out_as(g, x)), flattened(x), step, q_min, q_max, factor
+    )
     return grad_x.as_strided_(x.shape, x.stride()), grad_scale

@@ -23,9 +23,7 @@ from trainables.encoding import Dynamic, Encoding
 from trainables.methods._lean_layers import (
     PIECE,
     Layout,
-    by_number,
     codes_per_byte,
-    dense,
     masked,
     pack_codes,
     pack_mask,
@@ -33,6 +31,7 @@ from trainables.methods._lean_layers import (
     unpack_codes,
 )
 from trainables.modules import QuantizedConv2d, Quantizer
+from trainables.quantize import by_number, dense
 
 RELU6 = 6.0
 PACT_INIT = 10.0

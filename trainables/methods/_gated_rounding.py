@@ -33,13 +33,13 @@ from torch.autograd.function import once_differentiable
 
 from trainables.quantize import (
     SMALLEST_SCALE,
-    _by_number,
-    _compilable,
-    _dense,
-    _flat,
-    _inner,
-    _laid_out_as,
-    _run,
+    by_number,
+    compilable,
+    dense,
+    flattened,
+    inner_product,
+    laid_out_as,
+    run_compiled,
 )
 
 LEVELS = (2, 4, 8, 16, 32)
@@ -161,19 +161,19 @@ def _eager_backward(g: Tensor, x: Tensor, y: Tensor, clip_max: float, signed: bo
     grad_x = torch.ops.aten.hardtanh_backward(g, x, low, high)  # g strictly inside the range, else 0, in one pass
     error = torch.ops.aten.hardtanh_backward(x, x, low, high)
     torch.sub(y, error, out=error)
-    return grad_x, _inner(g, error) / clip_max
+    return grad_x, inner_product(g, error) / clip_max
 
 
 class _GatedQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip_max: Tensor, gates: Tensor, signed: bool) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.signed, ctx.chain = signed, None
-        if _compilable():
+        if compilable():
             ctx.save_for_backward(x, clip_max, gates)
-            y = _run(_forward, _flat(x), clip_max.data, gates.data, signed)  # type: ignore[arg-type]
+            y = run_compiled(_forward, flattened(x), clip_max.data, gates.data, signed)  # type: ignore[arg-type]
             return y.as_strided_(x.shape, x.stride())
-        if not _by_number(x):
+        if not by_number(x):
             ctx.save_for_backward(x, clip_max, gates)
             return _forward(x, clip_max, gates, signed)
         ctx.clip_max = max(float(clip_max), SMALLEST_SCALE)
@@ -187,18 +187,18 @@ class _GatedQuantize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.chain is None:
             x, clip_max, gates = ctx.saved_tensors
-            if not _compilable():
+            if not compilable():
                 return *_backward(g, x, clip_max, gates, ctx.signed), None
-            flat = _flat(_laid_out_as(_dense(g), x))
-            grad_x, *others = _run(_backward, flat, _flat(x), clip_max.data, gates.data, ctx.signed)  # type: ignore[arg-type]
+            flat = flattened(laid_out_as(dense(g), x))
+            grad_x, *others = run_compiled(_backward, flat, flattened(x), clip_max.data, gates.data, ctx.signed)  # type: ignore[arg-type]
             return grad_x.as_strided_(x.shape, x.stride()), *others, None
         x, y, *gated = ctx.saved_tensors
-        g = _laid_out_as(_dense(g), x)  # else the gradient of a pooling before is copied, at four times the size
+        g = laid_out_as(dense(g), x)  # else the gradient of a pooling before is copied, at four times the size
         grad_x, grad_max = _eager_backward(g, x, y, ctx.clip_max, ctx.signed)
         grad_gates = x.new_zeros(len(STEP_RATIOS))
         before = 1.0
         for (_, gate, index), product in zip(ctx.chain[1:], reversed(gated), strict=True):
-            grad_gates[index] = _inner(g, product) * before
+            grad_gates[index] = inner_product(g, product) * before
             before *= gate
         return grad_x, grad_max, grad_gates, None
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainables.quantize import by_number, dense
+
 PIECE = 1 << 17
 """Elements of a piece: a few of them fit the cache of a core."""
 Layout = tuple[Sequence[int], Sequence[int]]
@@ -21,17 +23,6 @@ _GATHER = 0x0102040810204080
 _SPREAD = 0x0101010101010101
 _PICK = 0x8040201008040201 - (1 << 64)
 """From a byte in all eight places of a word, the bit of each place."""
-
-
-def by_number(x: Tensor) -> bool:
-    """Whether to read scalars as Python numbers: it takes the vectorised path on a CPU, and would break a graph."""
-    return x.is_cpu and not torch.compiler.is_compiling()
-
-
-def dense(x: Tensor) -> Tensor:
-    """`x` itself if its elements fill its memory in a known order, else a copy of which that is so."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last or x.is_contiguous() else x.contiguous()
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainables.quantize import SMALLEST_SCALE, _by_number, _compilable, _dense, _flat, _laid_out_as, _run
+from trainables.quantize import SMALLEST_SCALE, by_number, compilable, dense, flattened, laid_out_as, run_compiled
 
 
 class Memory:
@@ -66,7 +66,7 @@ def _entropy_into(w: Tensor, y: Tensor, q_max: Tensor, clip_range: Tensor) -> Te
 
 
 def _entropy_forward_eager(w: Tensor, q_max: Tensor, clip_range: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-    if not _by_number(w):
+    if not by_number(w):
         return _entropy_forward(w, q_max, clip_range)
     steps, width = float(q_max), float(clip_range)
     y = torch.abs(w, out=memory.like(w))
@@ -83,11 +83,11 @@ def entropy_levels(w: Tensor, q_max: Tensor, clip_range: Tensor) -> Tensor:
 class _EntropyWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, q_max: Tensor, clip_range: Tensor, rescale: bool, memory: Memory) -> Tensor:
-        if _compilable():
-            w = _dense(w)
+        if compilable():
+            w = dense(w)
             y = memory.like(w)
-            rows = (_flat(x).view(len(w), -1) for x in (w, y))
-            scale = _run(_entropy_into, *rows, q_max, clip_range).view(-1, *[1] * (w.dim() - 1))
+            rows = (flattened(x).view(len(w), -1) for x in (w, y))
+            scale = run_compiled(_entropy_into, *rows, q_max, clip_range).view(-1, *[1] * (w.dim() - 1))
         else:
             y, scale = _entropy_forward_eager(w, q_max, clip_range, memory)
         ctx.rescale = rescale
@@ -163,7 +163,7 @@ class _RPReLU(torch.autograd.Function):
         moved, slope = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return *_rprelu_backward(g, moved, slope, ctx.summed), None
-        g = _laid_out_as(g, moved)
+        g = laid_out_as(g, moved)
         # What torch.where does, in vectorised passes: the gradient of the positive part, and what it leaves.
         negative = torch.ops.aten.threshold_backward(g, moved, 0)
         torch.sub(g, negative, out=negative)

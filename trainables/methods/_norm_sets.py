@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables import modules
-from trainables.quantize import _by_number
+from trainables.quantize import by_number
 from trainables.shared_norm import batch_norm
 
 
@@ -49,7 +49,7 @@ class SwitchableNorm(_BatchNorm, modules.NormSets):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (batch, channels, ...) with the set in use."""
-        if not _by_number(x):
+        if not by_number(x):
             return self._forward_by_tensor(x)
         row = int(self.index)
         weight, bias = (p if self.shared_affine else p[row] for p in (self.weight, self.bias))

@@ -23,14 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from trainables.quantize import (
     SMALLEST_SCALE,
-    _by_number,
-    _compilable,
-    _dense,
-    _elementwise,
-    _flat,
-    _inner,
-    _laid_out_as,
-    _run,
+    by_number,
+    compilable,
+    dense,
+    flattened,
+    inner_product,
+    laid_out_as,
+    run_compiled,
+    run_elementwise,
 )
 
 Scheme = Literal["original", "modified", "centered"]
@@ -136,21 +136,21 @@ def _normalise_by_number(w: Tensor) -> tuple[Tensor, float]:
 
 def _normalise_backward_by_number(g: Tensor, u: Tensor, largest: float) -> Tensor:
     tied = u.abs().ge_(1).mul_(u)
-    through = float(_inner(g, u)) / max(1.0, float(_inner(tied, tied)))
+    through = float(inner_product(g, u)) / max(1.0, float(inner_product(tied, tied)))
     return torch.ops.aten.tanh_backward(tied.mul_(-through).add_(g).div_(largest), u * largest)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
-        w = _dense(w)
-        ctx.by_number = _by_number(w) and not _compilable()
+        w = dense(w)
+        ctx.by_number = by_number(w) and not compilable()
         if ctx.by_number:
             u, ctx.largest = _normalise_by_number(w)
             ctx.save_for_backward(u)
             return u
-        if _compilable():
-            u, largest = _run(_normalise, _flat(w))
+        if compilable():
+            u, largest = run_compiled(_normalise, flattened(w))
             u = u.as_strided_(w.shape, w.stride())
         else:
             u, largest = _normalise(w)
@@ -161,11 +161,11 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         u, *largest = ctx.saved_tensors
-        g = _laid_out_as(g, u)
+        g = laid_out_as(g, u)
         if ctx.by_number:
             return _normalise_backward_by_number(g, u, ctx.largest)
-        if _compilable():
-            return _elementwise(_normalise_backward, g, _flat(u), *largest)
+        if compilable():
+            return run_elementwise(_normalise_backward, g, flattened(u), *largest)
         return _normalise_backward(g, u, *largest)
 
 
@@ -196,10 +196,10 @@ def factor_for(y: Tensor, target: Tensor) -> Tensor:
 class _RoundWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, q_max: Tensor, target: Tensor | None, scheme: Scheme) -> Tensor:
-        u = _dense(u)
-        if _compilable():
-            y = _elementwise(_ROUND_SIGNED[scheme], u, q_max)
-        elif _by_number(u):
+        u = dense(u)
+        if compilable():
+            y = run_elementwise(_ROUND_SIGNED[scheme], u, q_max)
+        elif by_number(u):
             y = _to_levels(scheme, u, float(q_max), -1.0, 1.0)
         else:
             y = _round_signed(scheme, u, q_max)
@@ -279,13 +279,13 @@ class _CalibratedClip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, clip_max: Tensor, q_max: Tensor, passes: Tensor | None, scheme: Scheme, signed: bool
     ) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.signed = signed
         if passes is None:  # by number
             bound = max(abs(float(clip_max)), SMALLEST_SCALE)
             y = _to_levels(scheme, x, float(q_max), -bound if signed else 0.0, bound)
-        elif _compilable():
-            y = _elementwise(_CLIP[scheme], x, *_bounds(clip_max, signed), q_max, passes)
+        elif compilable():
+            y = run_elementwise(_CLIP[scheme], x, *_bounds(clip_max, signed), q_max, passes)
         else:
             y = _clip(scheme, x, *_bounds(clip_max, signed), q_max, passes)
         ctx.save_for_backward(x, y, clip_max, passes)  # x and y cost nothing: their neighbours keep them, too
@@ -295,14 +295,14 @@ class _CalibratedClip(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y, clip_max, passes = ctx.saved_tensors
-        g = _laid_out_as(g, x)
+        g = laid_out_as(g, x)
         if passes is None:
             bound = max(abs(float(clip_max)), SMALLEST_SCALE)
             grad = torch.ops.aten.hardtanh_backward(g, x, -bound if ctx.signed else 0.0, bound)
-            grad_bound = (_inner(g, y) - _inner(grad, x)) / bound
-        elif _compilable():
+            grad_bound = (inner_product(g, y) - inner_product(grad, x)) / bound
+        elif compilable():
             bounds = _bounds(clip_max, ctx.signed)
-            grad, grad_bound = _run(_clip_backward, _flat(g), _flat(x), _flat(y), *bounds, passes)
+            grad, grad_bound = run_compiled(_clip_backward, flattened(g), flattened(x), flattened(y), *bounds, passes)
             grad = grad.as_strided_(x.shape, x.stride())
         else:
             grad, grad_bound = _clip_backward(g, x, y, *_bounds(clip_max, ctx.signed), passes)
@@ -329,7 +329,7 @@ def calibrated_clip(
     >>> calibrated_clip(t([-1.0, 0.4, 0.6, 9.0]), t(1.5), t(3.0), scheme="original", signed=False)
     tensor([0.0000, 0.5000, 0.5000, 1.5000])
     """
-    if _by_number(x) and not _compilable():
+    if by_number(x) and not compilable():
         if float(q_max) >= FLOAT_CODES and not clip_float:
             return x
         return _CalibratedClip.apply(x, clip_max, q_max, None, scheme, signed)

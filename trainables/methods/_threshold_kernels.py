@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainables.quantize import _by_number, _dense, _flat, _laid_out_as
+from trainables.quantize import by_number, dense, flattened, laid_out_as
 
 NARROWEST = 1e-3
 """Widths of segments are floored here in the forward pass; at or below it a width has no gradient."""
@@ -282,7 +282,7 @@ class _Prepare(torch.autograd.Function):
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sums: Tensor, sums_x: Tensor, lookup: Lookup) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.lookup = lookup
         y, below = _look_up(_elements(x), lookup)
         ctx.save_for_backward(x, below)
@@ -292,7 +292,7 @@ class _Quantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, below = ctx.saved_tensors
-        slopes, flat = ctx.lookup.slopes, _elements(_laid_out_as(g, x))
+        slopes, flat = ctx.lookup.slopes, _elements(laid_out_as(g, x))
         row = math.gcd(len(below), 1024)
         place = (below.view(-1, row) + _lanes(row, len(slopes) // LANES)).view(-1)
         grad_x = torch.index_select(slopes, 0, place).mul_(flat)
@@ -328,8 +328,8 @@ def look_up(x: Tensor, prepared: Prepared) -> Tensor:
 class _ThresholdQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        x = _dense(x)
-        y, below = _threshold_forward(x if torch.compiler.is_compiling() else _flat(x), *parameters)
+        x = dense(x)
+        y, below = _threshold_forward(x if torch.compiler.is_compiling() else flattened(x), *parameters)
         ctx.save_for_backward(x, below, *parameters)
         return y if torch.compiler.is_compiling() else y.as_strided_(x.shape, x.stride())
 
@@ -337,10 +337,10 @@ class _ThresholdQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, below, *parameters = ctx.saved_tensors
-        g = _laid_out_as(g, x)
+        g = laid_out_as(g, x)
         if torch.compiler.is_compiling():
             return *_threshold_backward(g, x, below, *parameters), None
-        grad_x, *grads = _threshold_backward(_flat(g), _flat(x), below, *parameters)
+        grad_x, *grads = _threshold_backward(flattened(g), flattened(x), below, *parameters)
         return grad_x.as_strided_(x.shape, x.stride()), *grads, None
 
 
@@ -371,6 +371,6 @@ def threshold_quantize(
     tensor([0.0000, 0.0000, 0.6667, 1.3333, 2.0000])
     """
     parameters = (start, widths, input_scale, output_scale, q_max)
-    if _by_number(x):
+    if by_number(x):
         return look_up(x, prepare([parameters])[0])
     return _ThresholdQuantize.apply(x, *parameters)
