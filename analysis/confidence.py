@@ -49,3 +49,15 @@ def of_mean(values: Sequence[float]) -> Interval | None:
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
     reach = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return Interval(mean - reach, mean + reach)
+
+
+def in_words(share: float, count: int | None) -> str:
+    """An accuracy with its interval; alone where it is not known how many images there were.
+
+    >>> in_words(0.9721, 359), in_words(0.9721, None)
+    ('97.21% (95 %: 94.94..98.48)', '97.21%')
+    """
+    if count is None:
+        return f"{share:.2%}"
+    low, high = of_share(share, count)
+    return f"{share:.2%} (95 %: {100 * low:.2f}..{100 * high:.2f})"

@@ -27,6 +27,8 @@ COLUMNS = (
     "data",
     "accuracy",
     "test_accuracy",
+    "test_images",
+    "validation_images",
     "loss",
     "bops",
     "relative_bops",
@@ -38,9 +40,9 @@ COLUMNS = (
     "digest",
     "checkpoint",
 )
-"""Columns of a front, in order. `run`, `test_accuracy`: if a record has them; `loss`: if it is an objective."""
+"""Columns of a front, in order. `run` and what a test measures: if a record has it; `loss`: if it is an objective."""
 
-_OPTIONAL = ("run", "test_accuracy", "loss")
+_OPTIONAL = ("run", "test_accuracy", "test_images", "validation_images", "loss")
 _WIDEST_BITS = 60
 
 

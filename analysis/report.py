@@ -193,9 +193,9 @@ def _front_table(content: _Content) -> str:
     several, labelled = len(content.sweeps) > 1, any(_label(point) for point in points["point"])
     tested = "test_accuracy" in points and bool(points["test_accuracy"].notna().any())
     columns = {"": True, "sweep": True, "trial": False, "point": True, "validation accuracy": False}
-    columns |= {"test accuracy (95 %)": False, "relative BOPs": False, "BOPs": False, "size": False}
+    columns |= {"test accuracy": False, "relative BOPs": False, "BOPs": False, "size": False}
     columns |= {"bits (weights/activations)": True, "source": True}
-    shown = {"sweep": several, "point": labelled, "test accuracy (95 %)": tested}
+    shown = {"sweep": several, "point": labelled, "test accuracy": tested}
     rows = []
     for index, row in zip(points.index, points.to_dict(orient="records"), strict=True):
         bits = short_bits(row["bits"]) if isinstance(row["bits"], Mapping) else ""
@@ -209,7 +209,7 @@ def _front_table(content: _Content) -> str:
             "trial": (str(row["trial"]), row["trial"]),
             "point": html.escape(_label(row["point"])),
             "validation accuracy": (f"{row['accuracy']:.2%}", row["accuracy"]),
-            "test accuracy (95 %)": (html.escape(_test_words(row) or "–"), row.get("test_accuracy") or 0.0),
+            "test accuracy": (html.escape(_test_words(row) or "–"), row.get("test_accuracy") or 0.0),
             "relative BOPs": (f"{100 * row['relative_bops']:.3g} %", row["relative_bops"]),
             "BOPs": (human_count(row["bops"]), row["bops"]),
             "size": (human_bytes(row["size_bytes"]), row["size_bytes"]),
@@ -303,14 +303,11 @@ def _words(cost: str, value: float) -> str:
 
 
 def _test_words(row: Mapping[Any, Any]) -> str:
-    """`97.21 % (95.0..98.5)`: test accuracy and its 95 % interval; empty before it was measured."""
+    """Test accuracy and its interval; empty before it was measured."""
     accuracy, images = row.get("test_accuracy"), row.get("test_images")
     if accuracy is None or pd.isna(accuracy):
         return ""
-    if images is None or pd.isna(images):
-        return f"{accuracy:.2%}"
-    low, high = confidence.of_share(float(accuracy), int(images))
-    return f"{accuracy:.2%} ({100 * low:.2f}..{100 * high:.2f})"
+    return confidence.in_words(float(accuracy), None if images is None or pd.isna(images) else int(images))
 
 
 def _swatch(paint: str, words: str, kind: str = "full") -> str:

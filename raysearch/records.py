@@ -25,6 +25,8 @@ from typing import Any
 from raysearch.errors import RecordError
 
 SCHEMA = 1
+TESTED = ("test_accuracy", "test_images", "validation_images")
+"""What is known of a point once it was tested."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,11 @@ class RunFolder:
 
     def read_records(self) -> list[dict[str, Any]]:
         """All records, in the order they were written, each with the test accuracy that was measured for it."""
-        tests = {(t["trial"], t["point"]): t["test_accuracy"] for t in read_lines(self.tests)}
+        tests = {(t["trial"], t["point"]): t for t in read_lines(self.tests)}
         rows = list(read_lines(self.records))
         for row in rows:
-            measured = tests.get((row["trial"], row.get("point")))
-            if measured is not None:
-                row["test_accuracy"] = measured
+            measured = tests.get((row["trial"], row.get("point")), {})
+            row |= {name: measured[name] for name in TESTED if name in measured}
         return rows
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import RecordError
-from raysearch.records import Log, RunFolder, read_lines
+from raysearch.records import TESTED, Log, RunFolder, read_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,16 +82,27 @@ class Result:
         Raises:
             RecordError: the point's checkpoint is gone.
         """
+        return float(self.tested(row)["test_accuracy"])
+
+    def tested(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """`test_accuracy` of a point of the front, and how many `test_images` and `validation_images` there are.
+
+        Computed once and kept.
+
+        Raises:
+            RecordError: the point's checkpoint is gone.
+        """
         trial, point = int(row["trial"]), str(row["point"])
         for known in read_lines(self.folder.tests):
             if (known["trial"], known["point"]) == (trial, point):
-                return float(known["test_accuracy"])
+                return {name: known[name] for name in TESTED if name in known}
         session = _session(self, trial, point)
         accuracy = next(p.accuracy for p in session.measure(session.data.test) if p.label == point)
+        found = dict(zip(TESTED, (accuracy, len(session.data.test), len(session.data.validation)), strict=True))
         log = Log(self.folder.tests)
-        log.append({"trial": trial, "point": point, "test_accuracy": accuracy}, durable=True)
+        log.append({"trial": trial, "point": point, **found}, durable=True)
         log.close()
-        return accuracy
+        return found
 
     def export(
         self, trial: int, point: str = "final", *, to: str | Path, opset: int | None = None, checked: int = CHECKED

@@ -11,7 +11,8 @@ from raysearch.options import run_folder
 
 PICKED = (
     *("trial", "point", "method", "model", "data", "accuracy", "bops", "relative_bops", "size_bytes", "macs", "bits"),
-    *("params", "source", "seed", "digest", "checkpoint", "test_accuracy"),
+    *("params", "source", "seed", "digest", "checkpoint"),
+    *("test_accuracy", "test_images", "validation_images"),
 )
 
 
@@ -26,36 +27,72 @@ PICKED = (
     "--min-accuracy", type=click.FloatRange(0, 1), metavar="A", help="validation accuracy of at least A, 0..1"
 )
 @click.option("--limit", "limits", multiple=True, metavar="NAME<=VALUE", help="a limit on any other column of records")
+@click.option(
+    "--within", type=click.FloatRange(0, 100), metavar="X", help="the cheapest within X points (%) of the best accuracy"
+)
+@click.option("--knee", is_flag=True, help="where more accuracy begins to cost much")
+@click.option("--weights", metavar="NAME=W,...", help="the best under weights, such as accuracy=1,bops=0.5")
 @click.option("--test/--no-test", "with_test", default=True, help="measure the test accuracy, once  [default: test]")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout")
-def command(run_folder: Path, with_test: bool, as_json: bool, max_relative_bops: float | None, **limits: Any) -> None:
-    """The best point of the front within limits."""
+def command(run_folder: Path, with_test: bool, as_json: bool, knee: bool, weights: str | None, **asked: Any) -> None:
+    """One point of the front: the best within limits, under weights, the knee, or the cheapest near the best."""
+    from analysis.tradeoff import balanced
     from raysearch.result import Result
 
+    if sum((knee, weights is not None, asked["within"] is not None)) > 1:
+        raise click.UsageError("--within, --knee and --weights are ways to choose one point: give one of them")
+    given = None if weights is None else _weights(weights)
     result = Result(run_folder)
     found = result.front()
+    shares = {name: asked.pop(name) for name in ("max_relative_bops", "within")}
     try:
-        share = None if max_relative_bops is None else max_relative_bops / 100
-        point = found.pick(max_relative_bops=share, **limits)
+        point = found.pick(
+            weights=balanced(found.objectives) if knee else given,
+            **{name: None if value is None else value / 100 for name, value in shares.items()},
+            **asked,
+        )
     except ValueError as error:
         raise TrialError(str(error)) from error
     where = (int(point["trial"]), point["point"])
     record = next(row for row in result.records() if (row["trial"], row["point"]) == where)
-    chosen = {name: record.get(name) for name in (*PICKED, *record.get("measures", ()))}
     if with_test:
-        chosen["test_accuracy"] = result.test(record)
+        record |= result.tested(record)
+    chosen = {name: record.get(name) for name in (*PICKED, *record.get("measures", ()))}
     click.echo(json.dumps(chosen) if as_json else _describe(result, chosen))
 
 
+def _weights(text: str) -> dict[str, float]:
+    """`accuracy=1,bops=0.5`.
+
+    >>> _weights("accuracy=1, bops=0.5")
+    {'accuracy': 1.0, 'bops': 0.5}
+    """
+    from analysis.tradeoff import check_weights
+
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise click.UsageError(f"--weights {text}: write NAME=WEIGHT,..., such as accuracy=1,bops=0.5") from None
+    try:
+        check_weights(found)
+    except ValueError as error:
+        raise click.UsageError(f"--weights {text}: {error}") from error
+    return found
+
+
 def _describe(result: Any, chosen: dict[str, Any]) -> str:
+    from analysis.confidence import in_words
     from analysis.front import human_bytes, human_count
 
     lines = [
         f"trial {chosen['trial']} ({chosen['method']} on {chosen['model']}, {chosen['data']})",
-        f"  validation accuracy  {chosen['accuracy']:.2%}",
+        f"  validation accuracy  {in_words(chosen['accuracy'], chosen['validation_images'])}",
     ]
     if chosen["test_accuracy"] is not None:
-        lines.append(f"  test accuracy        {chosen['test_accuracy']:.2%}")
+        lines.append(f"  test accuracy        {in_words(chosen['test_accuracy'], chosen['test_images'])}")
     lines += [
         f"  BOPs                 {human_count(chosen['bops'])} ({chosen['relative_bops']:.3%} of 32x32 bits)",
         f"  size                 {human_bytes(chosen['size_bytes'])} ({chosen['size_bytes']} bytes)",

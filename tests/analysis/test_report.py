@@ -114,8 +114,8 @@ def test_budgets_are_those_of_the_sweep_in_the_unit_of_the_axis():
 
 def test_a_measured_test_accuracy_stands_beside_the_other_with_its_interval():
     text = text_of(report([sweep(tested=1)], "t"))
-    assert re.search(r"test accuracy \(95 %\)", text)
-    assert re.search(r"\d\d\.\d\d% \(\d\d\.\d\d\.\.\d\d\.\d\d\)", text)
+    assert re.search(r"validation accuracy test accuracy relative BOPs", text)
+    assert re.search(r"\d\d\.\d\d% \(95 %: \d\d\.\d\d\.\.\d\d\.\d\d\)", text)
     assert "Test accuracy was measured once, for 1 point." in text
     assert "No test accuracy has been measured" in text_of(report([sweep()], "t"))
 

@@ -5,8 +5,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from raysearch.cli import main
+from analysis.confidence import of_share
 from raysearch.commands.list import KINDS
 from raysearch.options import sweep_of, sweep_options
 from raysearch.records import RunFolder, write_json
@@ -30,37 +28,12 @@ from tests.raysearch.builders import (
     open_book,
     small_sweep,
 )
+from tests.raysearch.conftest import Cli, Outcome
 from trainables import checkpoint, plugins
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = [part for address, value in SMALL.items() for part in ("--set", f"{address}={value}")]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Outcome]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the entry point in this process."""
-    torch.set_num_threads(1)
-
-    def call(*arguments: Any) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["raysearch", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +192,7 @@ def test_pick_tells_a_person_what_was_chosen(cli: Cli, run: RunFolder) -> None:
     lines = outcome.out.splitlines()
     best = max(run.read_records(), key=lambda row: row["accuracy"])
     assert lines[0] == f"trial {best['trial']} (lsq on lenet5, digits)"
-    assert f"  validation accuracy  {best['accuracy']:.2%}" in lines
+    assert f"  validation accuracy  {best['accuracy']:.2%}" in lines  # nobody has counted the images yet
     assert f"  checkpoint           {run.path / best['checkpoint']}" in lines
     assert lines[-4:] == [f"    {layer:24s} {w}/{a}" for layer, (w, a) in best["bits"].items()]
     assert "test accuracy" not in outcome.out
@@ -228,7 +201,10 @@ def test_pick_tells_a_person_what_was_chosen(cli: Cli, run: RunFolder) -> None:
 def test_pick_measures_the_test_accuracy(cli: Cli, trained: RunFolder) -> None:
     chosen = json.loads(cli("pick", trained.path, "--json").out)
     assert 0 <= chosen["test_accuracy"] <= 1
-    assert f"  test accuracy        {chosen['test_accuracy']:.2%}" in cli("pick", trained.path).out.splitlines()
+    low, high = of_share(chosen["test_accuracy"], chosen["test_images"])
+    said = f"  test accuracy        {chosen['test_accuracy']:.2%} (95 %: {100 * low:.2f}..{100 * high:.2f})"
+    assert said in cli("pick", trained.path).out.splitlines()
+    assert (chosen["test_images"], chosen["validation_images"]) == (359, 64)
     assert len(trained.tests.read_text().splitlines()) == 1
 
 
@@ -453,7 +429,7 @@ def in_a_process(calls: list[list[str]], heavy: set[str]) -> list[tuple[int, str
     return [tuple(each) for each in json.loads(answer.stdout)]
 
 
-COMMANDS = ("list", "train", "sweep", "resume", "status", "front", "pick", "mirror")
+COMMANDS = ("list", "train", "sweep", "resume", "status", "front", "pick", "report", "mirror")
 
 
 def test_help_is_instant_because_nothing_heavy_is_imported() -> None:

@@ -145,7 +145,8 @@ def test_the_test_accuracy_is_measured_once_and_kept(trained: RunFolder) -> None
     row, result = kept(trained), load(trained.path)
     measured = result.test(row)
     (line,) = read_lines(trained.tests)
-    assert line == {"trial": row["trial"], "point": "final", "test_accuracy": measured}
+    counts = {"test_images": 359, "validation_images": 64}
+    assert line == {"trial": row["trial"], "point": "final", "test_accuracy": measured, **counts}
     checkpoint_file = trained.trial(row["trial"]) / checkpoint.FILE
     away = checkpoint_file.with_suffix(".away")
     checkpoint_file.rename(away)
@@ -153,7 +154,7 @@ def test_the_test_accuracy_is_measured_once_and_kept(trained: RunFolder) -> None
     assert result.test(kept(trained)) == measured
     away.rename(checkpoint_file)
     assert len(list(read_lines(trained.tests))) == 1
-    assert kept(trained)["test_accuracy"] == measured
+    assert [kept(trained)[name] for name in ("test_accuracy", *counts)] == [measured, 359, 64]
     assert result.front().to_pandas()["test_accuracy"].notna().sum() == 1
 
 
