@@ -7,13 +7,16 @@ many bytes of its files have been sent. It names the store without credentials; 
 import json
 import os
 import re
-import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlsplit, urlunsplit
 
 UI_PORT = 5000
+VIEW = "front"
+"""A view of the runs table that the mirror leaves with the experiment: the front, with the columns to pick by."""
+MOST_COMPARED = 12
+PICKED_BY = ("accuracy", "relative_bops", "bops", "size_bytes")
 FRONT_FILTER = 'tags.pareto = "true"'
 PROGRESS = "mlflow.json"
 
@@ -24,7 +27,7 @@ def tracking_uri(run: Path, uri: str | None = None) -> str:
 
 
 def is_served(uri: str) -> bool:
-    """Whether `uri` is a server with a page of its own, rather than a database that `mlflow ui` must open."""
+    """Whether `uri` is a server with a page of its own, rather than a database that `raysearch ui` must open."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -61,6 +64,7 @@ class Progress:
         records_sent: bytes of records.jsonl that have been dealt with.
         epochs_sent: bytes of epochs.jsonl that have been dealt with.
         published: `records_sent` when front and summary were last written.
+        front: run ids of the trials on the front when it was last written, the most accurate first.
         refused: the last thing that MLflow would not take, without credentials.
         error: why the store cannot be written to at present, without credentials.
     """
@@ -73,6 +77,7 @@ class Progress:
     records_sent: int = 0
     epochs_sent: int = 0
     published: int = 0
+    front: list[str] = field(default_factory=list)
     refused: str | None = None
     error: str | None = None
 
@@ -95,24 +100,51 @@ class Progress:
         return changed
 
 
-def ui_command(run: Path, uri: str | None = None, *, port: int = UI_PORT) -> str:
-    """The shell command that opens MLflow's pages on the sweep's database; empty for a server, which has its own.
-
-    With these settings the pages start in half the time and a sixth of the memory of a bare `mlflow ui`.
-    """
-    store = tracking_uri(run, uri)
-    if is_served(store):
-        return ""
-    words = ["mlflow", "ui", "--backend-store-uri", public(store), "--workers", "1", "--port", str(port)]
-    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.join(words)}"
+def view_tag() -> dict[str, str]:
+    """The tag of an experiment under which MLflow's pages find the view `front`, as their "share" button writes it."""
+    columns = [*(f"metrics.`{name}`" for name in PICKED_BY), "tags.`raysearch.bits`", "attributes.`Created`"]
+    state = {
+        "searchFilter": FRONT_FILTER,
+        "orderByKey": "metrics.`accuracy`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": columns,
+    }
+    return {f"mlflow.sharedViewState.{VIEW}": json.dumps(state)}
 
 
 def front_url(run: Path, uri: str | None = None, *, port: int = UI_PORT) -> str:
     """The page with the runs on the front and no others; before MLflow has the sweep, the page of experiments."""
+    return pages(run, uri, f"http://127.0.0.1:{port}")["front"]
+
+
+def pages(run: Path, uri: str | None = None, url: str | None = None) -> dict[str, str]:
+    """Where to click in MLflow's pages; before MLflow has the sweep, only the page of experiments.
+
+    `front` has the runs on the front and no others, the most accurate first; `summary` is the sweep's own page; in
+    `compare` are up to twelve runs of the front side by side, as parallel coordinates; `models` is the registry.
+
+    Args:
+        run: the sweep's folder.
+        uri: the store, as in `tracking_uri`.
+        url: of the server on a store that is a database; a store that is a server has its own.
+    """
     store = tracking_uri(run, uri)
-    base = public(store).rstrip("/") if is_served(store) else f"http://127.0.0.1:{port}"
+    base = public(store).rstrip("/") if is_served(store) else url or f"http://127.0.0.1:{UI_PORT}"
     known = Progress.load(run)
     if known.experiment_id is None or known.uri != public(store):
-        return f"{base}/#/experiments"
-    search = quote(FRONT_FILTER, safe="")
-    return f"{base}/#/experiments/{known.experiment_id}/runs?workflowType=machine_learning&searchFilter={search}"
+        return {"front": f"{base}/#/experiments"}
+    home, mode = f"{base}/#/experiments/{known.experiment_id}/runs", "workflowType=machine_learning"
+    order = f"orderByKey={quote('metrics.`accuracy`', safe='')}&orderByAsc=false"
+    found = {"front": f"{home}?{mode}&searchFilter={quote(FRONT_FILTER, safe='')}&{order}&viewStateShareKey={VIEW}"}
+    if known.summary is not None:
+        found["summary"] = f"{home}/{known.summary}/artifacts/summary.html?{mode}"
+    if len(known.front) > 1:
+        runs, experiments = (
+            quote(json.dumps(ids), safe="") for ids in (known.front[:MOST_COMPARED], [known.experiment_id])
+        )
+        found["compare"] = f"{base}/#/compare-runs?runs={runs}&experiments={experiments}&{mode}"
+    return found | {"models": f"{base}/#/models/{quote(known.sweep, safe='')}?{mode}"}

@@ -18,7 +18,7 @@ from typing import Any
 from analysis.front import Front
 from analysis.pareto import bounded, hypervolume_history
 from raysearch import mlflow_entries as entries
-from raysearch.mlflow_links import Progress, is_served, public, redact
+from raysearch.mlflow_links import Progress, is_served, public, redact, view_tag
 from raysearch.reporting import SUMMARY_PAGE, swept
 
 log = logging.getLogger("raysearch.tracking")
@@ -147,7 +147,7 @@ class Session:
         # A server has a place for files; a bare database would have them put into the working directory.
         place = None if is_served(uri) else (self.run / "mlartifacts").as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the pages ask, and suggest GenAI
-        return self.client.create_experiment(name, artifact_location=place, tags=kind)
+        return self.client.create_experiment(name, artifact_location=place, tags=kind | view_tag())
 
     def _progress(self, uri: str) -> Progress:
         """What was sent to this experiment before; nothing if it is another one, or the files are not those."""
@@ -249,7 +249,8 @@ class Session:
             for record in [record for record in points if record["trial"] in missing]:
                 with self._unless_refused(f"trial {record['trial']}"):
                     self._send_trial(record["trial"], [], [record])
-        on_front = {int(trial) for trial in front.to_pandas()["trial"]} & set(self.runs)
+        ranked = [int(trial) for trial in dict.fromkeys(front.to_pandas()["trial"]) if int(trial) in self.runs]
+        on_front = set(ranked)
         for trial in sorted(on_front - self.tagged):
             with self._unless_refused(f"trial {trial}"):
                 self.client.set_tag(self.runs[trial], "pareto", "true")
@@ -261,7 +262,8 @@ class Session:
             self._summarize(front, points)
             if len(front) and (last or time.monotonic() >= self.next_page):
                 self._log_page()
-        self.progress = replace(self.progress, published=self.record_lines.offset)
+        ids = [self.runs[trial] for trial in ranked]
+        self.progress = replace(self.progress, published=self.record_lines.offset, front=ids)
         self.next_publish = time.monotonic() + PUBLISH_S
 
     def _summarize(self, front: Front, points: Sequence[Line]) -> None:

@@ -145,7 +145,7 @@ class Result:
             save_packed(path, session.model, session.config, **facts)
             return None
         if path.suffix == ".pt2":
-            save_program(path, session.model, session.data.input_shape)
+            save_program(path, session.model, session.input_shape)
             return None
         parts, count = [], 0
         for images, _ in session.data.test.batches(CHECKED, device=torch.device("cpu"), seed=None, augment=False):
@@ -154,6 +154,25 @@ class Result:
             if checked and count >= checked:
                 break
         return save_onnx(path, session.model, images=torch.cat(parts)[: checked or None], opset=opset, **facts)
+
+    def session(self, trial: int, point: str = "final") -> "Session":
+        """A trained network in memory, with its data, rebuilt from its checkpoint.
+
+        Raises:
+            RecordError: there is no such point, or its checkpoint is gone.
+        """
+        return _session(self, trial, point)
+
+    def shapes(self, trial: int) -> tuple[int, tuple[int, int, int]]:
+        """Number of classes and shape of an image (channels, height, width) of a trial's network.
+
+        Raises:
+            StopIteration: there is no such trial.
+        """
+        from trainables.build import data_shape
+        from trainables.config import parse
+
+        return data_shape(parse(next(row for row in self.records() if row["trial"] == trial)["config"]))
 
     def layers(self, trial: int, point: str = "final") -> "pd.DataFrame":
         """What a trained network is, layer by layer: weights, MACs, widths, and what its method has learned besides.

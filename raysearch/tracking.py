@@ -46,6 +46,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # to print it, MLflow asks the server about each run
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -120,7 +121,7 @@ def mirror_once(run: Path, uri: str | None = None) -> Status:
     run = Path(run).resolve()
     stop = threading.Event()
     stop.set()
-    with _settings(), _log_file(run):
+    with mlflow_settings(), _log_file(run):
         error = _mirror(run, tracking_uri(run, uri), stop, last_tries=1)
     found = status(run)
     return replace(found, complete=found.complete and error is None, error=error or found.error)
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     sys.excepthook = tell
     _await_news(run, stop)
-    with _settings(), _log_file(run):
+    with mlflow_settings(), _log_file(run):
         _mirror(run, tracking_uri(run, given.uri), stop, last_tries=LAST_TRIES)
     return 0
 
@@ -245,7 +246,7 @@ def _watch(driver: int, stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def mlflow_settings() -> Iterator[None]:
     """MLflow reads these from the environment only; what a person set there stays."""
     ours = {name: value for name, value in SETTINGS.items() if name not in os.environ}
     os.environ.update(ours)

@@ -58,18 +58,17 @@ class _Remembering:
 
 
 def _show(result: Any) -> None:
-    from raysearch.mlflow_links import front_url, ui_command
+    from raysearch.mlflow_links import front_url
     from raysearch.overview import size_of
+    from raysearch.pages import is_own
 
     front = result.front()
     click.echo(f"\n{size_of(front, ' on the front')}\n")
     click.echo(front.table())
     click.echo(f"\nrun folder  {result.path}")
     uri = result.description["sweep"]["mlflow_uri"]
-    command = ui_command(result.path, uri)
-    if command:
-        click.echo(f"MLflow      {command}")
-    click.echo(f"{'then open' if command else 'MLflow':12s}{front_url(result.path, uri)}")
+    own = is_own(result.path, uri)
+    click.echo(f"look        {f'raysearch ui {result.path}' if own else front_url(result.path, uri)}")
     click.echo(f"pick        raysearch pick {result.path} --max-relative-bops 2")
     if result.mirrored is not None and not result.mirrored.complete:
         click.echo(f"MLflow misses a part ({result.mirrored.error}); later: raysearch mirror {result.path}", err=True)

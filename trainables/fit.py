@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables import checkpoint, modules, plugins, quantize, shared_norm, world
-from trainables.build import build_model, load_data
+from trainables.build import build_model, data_shape, load_data
 from trainables.config import TrialConfig, resolve_bits
 from trainables.cost import FLOAT_BITS, Bits, LayerTable, bops, size_bytes
 from trainables.errors import ConfigError, DivergedError
@@ -26,7 +27,7 @@ from trainables.layers import trace
 from trainables.measures import IMAGES, Measure, known
 from trainables.method import Method, Point
 from trainables.optimizers import Optimizers
-from trainables.splits import Split
+from trainables.splits import Split, Splits
 from trainables.step import training_step
 
 EVALUATION_BATCH = 512
@@ -110,9 +111,10 @@ class Session:
         self.device = torch.device(device)
         torch.manual_seed(config.seed)
         quantize.use_compiled(config.training.compile == "quantizers")
-        self.data = load_data(config, data_root)
-        self.model = build_model(config, self.data.classes, self.data.input_shape, seed=config.seed)
-        self.table: LayerTable = trace(self.model, self.data.input_shape)
+        self.data_root = data_root
+        self.classes, self.input_shape = data_shape(config)
+        self.model = build_model(config, self.classes, self.input_shape, seed=config.seed)
+        self.table: LayerTable = trace(self.model, self.input_shape)
         self.bits = resolve_bits(config, self.table)
         if start is not None:
             checkpoint.load_weights(start, self.model)
@@ -126,6 +128,11 @@ class Session:
         self.forward: nn.Module = self.model
         if config.training.compile == "model":
             self.forward = torch.compile(self.model)  # type: ignore[assignment]
+
+    @cached_property
+    def data(self) -> Splits:
+        """The splits, loaded when they are first asked for: a saved network is exported without them."""
+        return load_data(self.config, self.data_root)
 
     def _method(self) -> Method:
         found = plugins.attribute("methods", self.config.method.name, "Method")

@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from raysearch import mlflow_entries as entries
-from raysearch.mlflow_links import Progress, front_url, public, redact, ui_command
+from raysearch.mlflow_links import Progress, front_url, pages, public, redact, tracking_uri
 from raysearch.mlflow_session import Lines
 from raysearch.tracking import Mirror, mirror_once, start_mirror, status
 
@@ -551,23 +551,27 @@ def test_a_mirror_that_fails_by_an_error_of_its_own_names_the_log(fresh: Path) -
     assert "JSONDecodeError" in (fresh / "mlflow.log").read_text()
 
 
-def test_the_command_and_the_address_lead_to_the_front(fresh: Path) -> None:
-    command = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:///{}/mlflow.db"
-    assert ui_command(fresh) == f"{command.format(fresh)} --workers 1 --port 5000"
+def test_addresses_lead_to_the_front_its_page_its_comparison_and_its_models(fresh: Path) -> None:
     assert front_url(fresh) == "http://127.0.0.1:5000/#/experiments"
-    Progress(uri=f"sqlite:///{fresh}/mlflow.db", sweep=NAME, experiment_id="7").save(fresh)
-    page = "/#/experiments/7/runs?workflowType=machine_learning&searchFilter=tags.pareto%20%3D%20%22true%22"
+    known = Progress(uri=f"sqlite:///{fresh}/mlflow.db", sweep=NAME, experiment_id="7", summary="c0", front=["a", "b"])
+    known.save(fresh)
+    mode = "workflowType=machine_learning"
+    order = "orderByKey=metrics.%60accuracy%60&orderByAsc=false"
+    page = f"/#/experiments/7/runs?{mode}&searchFilter=tags.pareto%20%3D%20%22true%22&{order}&viewStateShareKey=front"
     assert front_url(fresh, port=5001) == f"http://127.0.0.1:5001{page}"
-    assert (ui_command(fresh, "http://host:80"), front_url(fresh, "http://host:80")) == (
-        "",
-        "http://host:80/#/experiments",
-    )
+    assert pages(fresh, url="http://127.0.0.1:5002") == {
+        "front": f"http://127.0.0.1:5002{page}",
+        "summary": f"http://127.0.0.1:5002/#/experiments/7/runs/c0/artifacts/summary.html?{mode}",
+        "compare": f"http://127.0.0.1:5002/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D&{mode}",
+        "models": f"http://127.0.0.1:5002/#/models/{NAME}?{mode}",
+    }
+    assert pages(fresh, "http://host:80") == {"front": "http://host:80/#/experiments"}
 
 
 def test_the_store_of_the_environment_goes_before_our_own(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////elsewhere/mlflow.db")
-    assert "sqlite:////elsewhere/mlflow.db" in ui_command(fresh)
-    assert "sqlite:////given.db" in ui_command(fresh, "sqlite:////given.db")
+    assert tracking_uri(fresh) == "sqlite:////elsewhere/mlflow.db"
+    assert tracking_uri(fresh, "sqlite:////given.db") == "sqlite:////given.db"
 
 
 SECRET = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=12)
