@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from analysis import pareto
 from analysis.pick import limited_columns, parsed, pick
 from analysis.rows import OBJECTIVES, complete_rows, own_columns
 from analysis.tradeoff import balanced
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "run",
@@ -200,6 +203,16 @@ class Front:
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>" + _readable(self.to_pandas()).to_html(index=False, border=0)
+
+    def plot(self, title: str | None = None) -> "Figure":
+        """The front against relative BOPs and against size as a matplotlib figure, which a notebook shows.
+
+        Raises:
+            ValueError: the front is empty.
+        """
+        from analysis.plots import draw_front
+
+        return draw_front(self, title=title)
 
     def _points(self, mask: np.ndarray) -> pd.DataFrame:
         shown = {name: name in self.rows for name in _OPTIONAL} | {"loss": "loss" in self.objectives}

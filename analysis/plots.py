@@ -42,6 +42,15 @@ def plot_front(front_or_fronts: Front | Mapping[str, Front], path: str | Path, *
     Raises:
         ValueError: there is no point to draw.
     """
+    return _save(draw_front(front_or_fronts, title=title), path)
+
+
+def draw_front(front_or_fronts: Front | Mapping[str, Front], *, title: str | None = None) -> "Figure":
+    """The picture of `plot_front` as a figure of 11 x 5 inches, which a notebook shows.
+
+    Raises:
+        ValueError: there is no point to draw.
+    """
     from matplotlib.figure import Figure
 
     fronts = {"": front_or_fronts} if isinstance(front_or_fronts, Front) else dict(front_or_fronts)
@@ -55,7 +64,9 @@ def plot_front(front_or_fronts: Front | Mapping[str, Front], path: str | Path, *
     panels[0].set_ylabel("validation accuracy (%)")
     _name_points(panels[0], points)
     _legend(figure, panels[0])
-    return _save(figure, path, title)
+    if title:
+        figure.suptitle(title)
+    return figure
 
 
 def plot_hypervolume(
@@ -233,7 +244,7 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _save(figure: "Figure", path: str | Path, title: str | None) -> Path:
+def _save(figure: "Figure", path: str | Path, title: str | None = None) -> Path:
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=_DPI)

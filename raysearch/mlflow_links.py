@@ -138,8 +138,7 @@ def pages(run: Path, uri: str | None = None, url: str | None = None) -> dict[str
     if known.experiment_id is None or known.uri != public(store):
         return {"front": f"{base}/#/experiments"}
     home, mode = f"{base}/#/experiments/{known.experiment_id}/runs", "workflowType=machine_learning"
-    order = f"orderByKey={quote('metrics.`accuracy`', safe='')}&orderByAsc=false"
-    found = {"front": f"{home}?{mode}&searchFilter={quote(FRONT_FILTER, safe='')}&{order}&viewStateShareKey={VIEW}"}
+    found = {"front": f"{home}?{mode}&viewStateShareKey={VIEW}"}
     if known.summary is not None:
         found["summary"] = f"{home}/{known.summary}/artifacts/summary.html?{mode}"
     if len(known.front) > 1:

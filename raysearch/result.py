@@ -1,5 +1,6 @@
 """What a sweep found, read from its run folder; needs no server and no Ray."""
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from raysearch.records import TESTED, Log, RunFolder, read_lines
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from analysis.front import Front
     from raysearch.tracking import Status
@@ -49,6 +51,37 @@ class Result:
     def objectives(self) -> Mapping[str, str]:
         """What was searched for."""
         return self.description["objectives"]
+
+    def __repr__(self) -> str:
+        ended = {row["trial"]: row["status"] for row in self.records()}
+        complete = sum(status == "complete" for status in ended.values())
+        return f"Result({self.name!r}, {complete} of {self.description['trials']} trials complete)"
+
+    def _repr_html_(self) -> str:
+        front = self.front()._repr_html_() if self._has_points() else ""
+        return f"<p>{html.escape(repr(self))} in {html.escape(str(self.path))}</p>{front}"
+
+    def plot(self) -> "Figure":
+        """The front as a matplotlib figure, which a notebook shows.
+
+        Raises:
+            RecordError: no trial is complete.
+        """
+        return self.front().plot(self.name)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report as one HTML page that needs no network.
+
+        Raises:
+            RecordError: no trial is complete.
+        """
+        from raysearch.reporting import report_of
+
+        Path(path).write_text(report_of([self]), encoding="utf-8")
+        return Path(path)
+
+    def _has_points(self) -> bool:
+        return any(row["status"] == "complete" for row in self.records())
 
     def records(self) -> list[dict[str, Any]]:
         """All records as dictionaries."""

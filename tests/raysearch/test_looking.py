@@ -9,7 +9,6 @@ from typing import Any
 import click
 import pytest
 
-from analysis.front import Front
 from raysearch.importance import importances
 from raysearch.options import sweep_of, sweep_options
 from raysearch.proposals import cost_of
@@ -134,7 +133,16 @@ def test_without_enough_trials_nothing_is_said_of_importance(tmp_path: Path) -> 
     assert importances(tmp_path / "no.db", ["accuracy"]) == {}
 
 
-def test_a_front_in_a_notebook_is_a_table(run: RunFolder) -> None:
-    front = load(run.path).front()
-    assert isinstance(front, Front)
-    assert "<table" in front._repr_html_()
+def test_fronts_and_results_show_themselves_in_a_notebook(run: RunFolder, tmp_path: Path) -> None:
+    result = load(run.path)
+    assert repr(result) == "Result('by-formula', 12 of 12 trials complete)"
+    for shown in (result, result.front()):
+        assert "<table" in shown._repr_html_()
+        figure = shown.plot()
+        assert [axes.get_xlabel() for axes in figure.axes] == ["relative BOPs (%)", "size (KiB)"]
+    assert "12 of 12 trials complete" in result._repr_html_()
+    assert result.report(tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    empty, _ = make_run(tmp_path / "empty")
+    assert (
+        load(empty.path)._repr_html_() == f"<p>Result(&#x27;empty&#x27;, 0 of 12 trials complete) in {empty.path}</p>"
+    )
