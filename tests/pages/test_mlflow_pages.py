@@ -101,7 +101,7 @@ def test_runs_of_the_front_are_compared_in_parallel_coordinates(
     opened: Opened, links: dict[str, str], shots: Path
 ) -> None:
     page = opened(links["compare"], ready="text=Parallel Coordinates Plot", width=1600)
-    page.wait_for_selector("text=bits/*/weight", timeout=WAIT_MS)
+    page.wait_for_selector("text=bits/_/weight", timeout=WAIT_MS)
     page.wait_for_timeout(500)
     page.screenshot(path=shots / "mlflow-compare.png")
     assert "train_loss" in page.locator("body").inner_text()
@@ -111,8 +111,8 @@ def test_the_registry_shows_the_versions_with_their_aliases(
     opened: Opened, links: dict[str, str], run: RunFolder, shots: Path
 ) -> None:
     page = opened(links["models"], ready="text=Versions", width=1600)
-    page.wait_for_selector("text=@ knee", timeout=WAIT_MS)
+    page.wait_for_selector("text=Version 1", timeout=WAIT_MS)
     page.screenshot(path=shots / "mlflow-models.png")
-    text = page.locator("body").inner_text()
+    text = " ".join(page.locator("body").inner_text().split())  # there is a hard space in each alias
     assert all(f"@ {alias}" in text for alias in ("knee", "smallest", "most-accurate"))
     assert len(set(re.findall(r"Version \d+", text))) == len(Result(run.path).front())
