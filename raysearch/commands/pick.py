@@ -44,13 +44,10 @@ def command(run_folder: Path, with_test: bool, as_json: bool, knee: bool, weight
     given = None if weights is None else _weights(weights)
     result = Result(run_folder)
     found = result.front()
-    shares = {name: asked.pop(name) for name in ("max_relative_bops", "within")}
+    for name in ("max_relative_bops", "within"):
+        asked[name] = None if asked[name] is None else asked[name] / 100
     try:
-        point = found.pick(
-            weights=balanced(found.objectives) if knee else given,
-            **{name: None if value is None else value / 100 for name, value in shares.items()},
-            **asked,
-        )
+        point = found.pick(weights=balanced(found.objectives) if knee else given, **asked)
     except ValueError as error:
         raise TrialError(str(error)) from error
     where = (int(point["trial"]), point["point"])
