@@ -13,7 +13,7 @@ Heavy libraries are imported where they are used, so that `raysearch --help` is 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Result", "Sweep", "load", "resume", "run", "seeds_for", "train"]
+__all__ = ["Result", "Sweep", "load", "resume", "run", "seeds_for", "sensitivity", "train"]
 
 _HOMES = {
     "Sweep": "raysearch.sweep",
@@ -22,6 +22,7 @@ _HOMES = {
     "run": "raysearch.driver",
     "resume": "raysearch.driver",
     "seeds_for": "raysearch.knowledge",
+    "sensitivity": "raysearch.sensitivities",
     "train": "raysearch.single",
 }
 

@@ -115,6 +115,14 @@ class BitLayout:
         """Number of bit parameters."""
         return len(self.addresses)
 
+    def reached(self, column: int) -> list[tuple[int, str]]:
+        """Layers, by number, and roles whose width a column sets."""
+        return [
+            (int(layer), role)
+            for row, role in zip(self._reach, ROLES, strict=True)
+            for layer in np.flatnonzero(row == column)
+        ]
+
     def extreme(self, end: int) -> np.ndarray:
         """The row of the narrowest (0) or the widest (-1) widths."""
         return np.array([widths[end] for widths in self.widths])

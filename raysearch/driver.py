@@ -21,6 +21,7 @@ from raysearch.errors import RecordError, SweepError, TrialError
 from raysearch.nodes import Capacity, survey
 from raysearch.records import SCHEMA, RunFolder, write_json
 from raysearch.seeds import Seeds
+from raysearch.sensitivities import read_seeds, seed
 from raysearch.space import read, written
 from raysearch.sweep import Resolved, Sweep, check_files, default_name, default_out, files_of, resolve
 
@@ -68,12 +69,13 @@ def run(
     name = default_name(sweep, time.strftime("%Y%m%d-%H%M%S"))
     folder = RunFolder(Path(out) if out is not None else default_out(name))
     check_folder(folder)
+    known = (seeds or Seeds()).and_then(read_seeds(resolved))
     _load_data(resolved)
     with ray_for(resolved.sweep) as joined:
         capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)
         with locked(folder):
             describe(folder, resolved, name if out is None else folder.path.resolve().name)
-            (seeds or Seeds()).write(folder.seeds)
+            seed(folder, resolved, known)
             return _drive(folder, resolved, capacity, watcher or Watcher())
 
 
@@ -95,6 +97,7 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
         _load_data(resolved)
         with ray_for(resolved.sweep) as joined:
             capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)
+            seed(folder, resolved, Seeds())
             return _drive(folder, resolved, capacity, watcher or Watcher())
 
 

@@ -85,6 +85,9 @@ class Sweep:
     train: Annotated[bool, "use a Ray Train worker group also for one CPU worker"] = False
     sampler: Annotated[str, "who proposes: auto, frontier, tpe, nsga2, nsga3, gp, random, qmc"] = "auto"
     seed: Annotated[int, "seed of search, weights and data order"] = 0
+    seed_from: Annotated[
+        str | None, "try first what sensitivities suggest: a file of `raysearch sensitivity -o`, or `sensitivity`"
+    ] = None
     max_bops: Annotated[float | None, "never train a configuration over so many BOPs"] = None
     max_relative_bops: Annotated[float | None, "never train one over this share of the 32x32-bit BOPs, 0..1"] = None
     max_size_bytes: Annotated[float | None, "never train one over so many bytes"] = None
@@ -235,7 +238,7 @@ def check_files(known: Mapping[str, str]) -> None:
 
 def _check_types(sweep: Sweep) -> None:
     """A sweep may come from a JSON file that a person wrote."""
-    text, no_text = ("method", "model", "data", "sampler"), ("data_root", "mlflow_uri")
+    text, no_text = ("method", "model", "data", "sampler"), ("data_root", "mlflow_uri", "seed_from")
     given = {f.name: getattr(sweep, f.name) for f in fields(sweep)}
     faults = [f"{name} = {given[name]!r}: text" for name in text if not isinstance(given[name], str)]
     faults += [f"{name} = {given[name]!r}: text" for name in no_text if not isinstance(given[name], str | None)]

@@ -20,6 +20,8 @@ __all__ = [
     "hessian_traces",
     "hutchinson",
     "nearest_grid",
+    "nearest_scale",
+    "on_grid",
     "other_network",
     "pooled",
     "quantization_errors",
@@ -44,15 +46,29 @@ def quantization_errors(
     }
 
 
-def nearest_grid(weight: Tensor, bits: int, candidates: int = 64) -> Tensor:
-    """`weight` on the evenly spaced signed grid of `2^bits` values whose scale, of 64 tried, gives the least error."""
-    top = 2 ** (bits - 1)
-    full = float(weight.abs().max()) / max(top - 1, 0.5)
-    grids = (
-        (weight / scale).round().clamp(-top, top - 1) * scale
-        for scale in (max(full * (i + 1) / candidates, 1e-12) for i in range(candidates))
-    )
-    return min(grids, key=lambda grid: float((grid - weight).square().sum()))
+def nearest_grid(x: Tensor, bits: int, *, signed: bool = True) -> Tensor:
+    """`x` on the evenly spaced grid of `2^bits` values with the scale of `nearest_scale`."""
+    return on_grid(x, nearest_scale(x, bits, signed=signed), bits, signed=signed)
+
+
+def nearest_scale(x: Tensor, bits: int, *, signed: bool = True, candidates: int = 64) -> float:
+    """The scale, of 64 tried, whose grid of `2^bits` values has the least squared distance from `x`.
+
+    Args:
+        x: any shape.
+        bits: of the grid.
+        signed: whether its codes begin at -2^(bits - 1), or at 0.
+        candidates: scales to try, evenly up to the one that clips nothing.
+    """
+    full = float(x.abs().max()) / max(2 ** (bits - signed) - 1, 0.5)
+    scales = (max(full * (i + 1) / candidates, 1e-12) for i in range(candidates))
+    return min(scales, key=lambda scale: float((on_grid(x, scale, bits, signed=signed) - x).square().sum()))
+
+
+def on_grid(x: Tensor, scale: float, bits: int, *, signed: bool) -> Tensor:
+    """`x` rounded to codes times `scale`."""
+    top = 2 ** (bits - signed)
+    return (x / scale).round().clamp(-top if signed else 0, top - 1) * scale
 
 
 def weighted(average: Mapping[str, float], errors: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
