@@ -159,17 +159,18 @@ class Result:
             RecordError: another ending, an opset for another format, no such point, or its checkpoint is gone.
             ConfigError: what the format cannot hold, or an opset that is too old.
         """
+        path = Path(to)
+        if path.suffix not in EXPORTS:
+            raise RecordError(f"{path}: the name of an exported file ends in {', '.join(EXPORTS)}")
+        if opset is not None and path.suffix != ".onnx":
+            raise RecordError(f"opset = {opset}: only .onnx files have one, and {path} is none")
+
         import torch
 
         from trainables.onnx_file import save_onnx
         from trainables.packed import save_packed
         from trainables.program_file import save_program
 
-        path = Path(to)
-        if path.suffix not in EXPORTS:
-            raise RecordError(f"{path}: the name of an exported file ends in {', '.join(EXPORTS)}")
-        if opset is not None and path.suffix != ".onnx":
-            raise RecordError(f"opset = {opset}: only .onnx files have one, and {path} is none")
         session = _session(self, trial, point)
         next(each for each in session.points() if each.label == point).activate()
         record = next(row for row in self.records() if (row["trial"], row["point"]) == (trial, point))
