@@ -18,6 +18,8 @@ from raysearch.keep import Keeper
 from raysearch.ledger import Ledger, Proposal
 from raysearch.limits import broken, excesses
 from raysearch.records import SCHEMA, Log, RunFolder, complete_trials
+from trainables.build import layer_table
+from trainables.config import parse
 from trainables.cost import size_bytes
 
 Listener = Callable[["Book"], None]
@@ -87,6 +89,7 @@ class Book:
             return
         first = report["points"][0]
         metrics = {"train_loss": report["train_loss"], **{n: first[n] for n in METRICS}, **first.get("measures", {})}
+        metrics["relative_bops"] *= self._share(live.proposal.tree)
         row = {"epoch": report["epoch"], **_written(metrics), "seconds": report["seconds"]}
         if live.proposal.cost.bits is None:  # widths that training decides are part of its course
             row["bits"] = report["points"][0]["bits"]
@@ -126,13 +129,24 @@ class Book:
         self._records.close()
         self._epochs.close()
 
+    def _share(self, tree: Mapping[str, Any]) -> float:
+        """MACs of a trial's network over those of the base configuration's, which relative BOPs refer to."""
+        resolved = self.ledger.resolved
+        if all(tree.get(part) == resolved.base.get(part) for part in ("model", "data")):
+            return 1.0
+        return layer_table(parse(tree)).macs / resolved.table.macs
+
     def _row(
         self, live: Live, point: Mapping[str, Any], points: int, status: str, reason: str | None
     ) -> dict[str, Any]:
         proposal, tree = live.proposal, live.proposal.tree
         cost = proposal.cost
+        share = self._share(tree)
         measured = {**cost.measures, **point.get("measures", {})}
-        missed = broken(self.ledger.limits, {**cost.values(), **point, **measured}) if status == "complete" else {}
+        found = {**cost.values(), **point, **measured}
+        if "relative_bops" in point:
+            found["relative_bops"] = point["relative_bops"] * share
+        missed = broken(self.ledger.limits, found) if status == "complete" else {}
         return {
             "schema": SCHEMA,
             **self.facts,
@@ -144,10 +158,10 @@ class Book:
             "accuracy": point.get("accuracy"),
             "loss": point.get("loss"),
             "bops": point.get("bops", cost.bops),
-            "relative_bops": point.get("relative_bops", cost.relative_bops),
+            "relative_bops": point["relative_bops"] * share if "relative_bops" in point else cost.relative_bops,
             "size_bytes": point.get("size_bytes", cost.size_bytes),
             "float_size_bytes": self.float_size_bytes,
-            "macs": self.ledger.resolved.table.macs,
+            "macs": round(share * self.ledger.resolved.table.macs),
             **{name: measured.get(name) for name in self.sweep.measures},
             "measures": list(self.sweep.measures),
             "bits": point.get("bits", cost.bits),

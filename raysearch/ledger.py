@@ -289,12 +289,16 @@ class Ledger:
         self._memory.enqueue_trial(dict(values))
         return self._memory.ask(dict(self.space))
 
+    def _cost(self, values: Mapping[str, Any]) -> Cost:
+        """Relative to the base configuration's network, so that architectures compare."""
+        return cost_of(merged(self.resolved.base, values), self.resolved.measures, self.resolved.table.macs)
+
     def _repaired(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], Cost] | None:
         """The nearest configuration within the limits and its cost, for one that breaks them; None if it is not new."""
         if not self.limits:
             return None
         try:
-            cost = cost_of(merged(self.resolved.base, values), self.resolved.measures)
+            cost = self._cost(values)
         except ConfigError:
             return None
         better = self._repair(values, cost, self.limits) if cost.over(self.limits) else None
@@ -303,7 +307,7 @@ class Ledger:
 
     def _acceptable(self, values: Mapping[str, Any]) -> Cost | None:
         try:
-            cost = cost_of(merged(self.resolved.base, values), self.resolved.measures)
+            cost = self._cost(values)
         except ConfigError:
             self.refused += 1
             return None

@@ -52,12 +52,13 @@ class Cost:
         return ", ".join(limit.words(value) for limit, value in broken(limits, self.values()).items())
 
 
-def cost_of(tree: dict[str, Any], measures: Sequence[Measure] = ()) -> Cost:
+def cost_of(tree: dict[str, Any], measures: Sequence[Measure] = (), macs: int | None = None) -> Cost:
     """Cost of a configuration's JSON tree.
 
     Args:
         tree: of the configuration.
         measures: a person's own.
+        macs: of the network that relative BOPs refer to; None: the configuration's own.
 
     Raises:
         ConfigError: the tree is no valid configuration, or a measure gives no finite number.
@@ -70,7 +71,7 @@ def cost_of(tree: dict[str, Any], measures: Sequence[Measure] = ()) -> Cost:
     return Cost(
         digest=digest(config, bits),
         bops=bops(table, bits),
-        relative_bops=relative_bops(table, bits),
+        relative_bops=relative_bops(table, bits) * (table.macs / (macs or table.macs)),
         size_bytes=size_bytes(table, bits),
         bits={name: [width.weight, width.activation] for name, width in bits.items()},
         measures=known(measures, table, bits),

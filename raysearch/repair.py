@@ -166,10 +166,15 @@ def _stepped(layout: BitLayout, row: np.ndarray, bounds: Mapping[str, float]) ->
 
 
 def within_reach(
-    space: Space, base: dict[str, Any], limits: Sequence[Limit], measures: Sequence[Measure], values: Mapping[str, Any]
+    space: Space,
+    base: dict[str, Any],
+    limits: Sequence[Limit],
+    measures: Sequence[Measure],
+    values: Mapping[str, Any],
+    macs: int,
 ) -> str:
     """Which limits no widths of the space keep, in words, from the configuration that comes nearest; empty if none."""
-    cost = cost_of(merged(base, values), measures)
+    cost = cost_of(merged(base, values), measures, macs)
     over = cost.over(tuple(limits))
     if not over:
         return ""

@@ -144,6 +144,6 @@ def check(
                 resolve_bits(config, table)
         except ConfigError as error:
             raise ConfigError(f"space {name!r}: {error}") from error
-    over = within_reach(space, base, limits_of(sweep), measures, cheapest(space))
+    over = within_reach(space, base, limits_of(sweep), measures, cheapest(space), table.macs)
     if over:
         raise SweepError(f"the budget leaves nothing to train: the cheapest configuration of the space has {over}")

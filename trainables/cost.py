@@ -1,10 +1,12 @@
 """The one convention for what a configuration costs: BOPs and bytes. Plain arithmetic over the layer table.
 
-BOPs (bit operations) of one input: the sum over layers of `macs x weight_bits x activation_bits`. A layer's activation
-bits are those of the tensor it reads. The network's input has 8 bits: pixels are 8-bit codes. A layer without bits (not
-quantized) counts 32 x 32, as do products of two activations (attention). Relative BOPs divide by `macs x 32 x 32` of
-the whole table. Batch norm, biases, additions and pooling cost no BOPs. Where channels are pruned, a layer counts the
-share of its output channels that is left, times the share of the channels that it reads.
+BOPs (bit operations) of one input: the sum over layers of `macs x weight_bits x activation_bits`. A layer's
+activation bits are those of the tensor it reads. The network's input has 8 bits: pixels are 8-bit codes. A layer
+without bits (not quantized) counts 32 x 32, as do products of two activations (attention). Relative BOPs divide by
+`macs x 32 x 32` of the whole table; in a search over architectures, records divide by those of the base
+configuration's network instead, so that architectures compare, and `macs` are the trial's own. Batch norm, biases,
+additions and pooling cost no BOPs. Where channels are pruned, a layer counts the share of its output channels that is
+left, times the share of the channels that it reads.
 
 Size is the number of bytes as exported: the codes of each layer packed to its weight bits, four bytes for each scale
 and each bias, eight for each channel of batch norm (a scale and a shift, once the running statistics are folded in)

@@ -76,7 +76,7 @@ def search(
     from raysearch.watching import searched
 
     if objectives is not None:
-        options["objectives"] = objectives_of(objectives)
+        options["objectives"] = objectives_of(objectives)[0]
     question = Search(
         run=str(run_folder),
         calibration=CALIBRATION if recalibrate else 0,

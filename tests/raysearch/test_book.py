@@ -36,11 +36,25 @@ from trainables.cost import size_bytes
 
 FIELDS = (
     *("schema", "sweep", "versions", "git", "trial", "point", "points", "status", "reason", "accuracy", "loss"),
-    *("bops", "relative_bops", "size_bytes", "float_size_bytes", "macs", "bits", "epoch", "epochs", "seconds", "seed"),
-    *("digest", "source", "method", "model", "data", "params", "config", "history", "checkpoint", "started_at"),
+    *("bops", "relative_bops", "size_bytes", "float_size_bytes", "macs", "measures", "bits", "epoch", "epochs"),
+    *("seconds", "seed"),
+    *(
+        "digest",
+        "source",
+        "repaired",
+        "within_limits",
+        "method",
+        "model",
+        "data",
+        "params",
+        "config",
+        "history",
+        "checkpoint",
+        "started_at",
+    ),
     *("finished_at", "timing"),
 )
-NESTED = {"versions", "git", "bits", "params", "config", "history", "timing"}
+NESTED = {"versions", "git", "measures", "bits", "params", "config", "history", "timing"}
 
 
 @pytest.fixture
@@ -88,7 +102,8 @@ def test_a_record_says_everything_about_a_trial(book: Book) -> None:
             "status": "complete",
             "reason": None,
         },
-        **{"accuracy": accuracy, "loss": 1 - accuracy, **asdict(cost), "macs": book.ledger.resolved.table.macs},
+        **{"accuracy": accuracy, "loss": 1 - accuracy, **asdict(cost), "measures": []},
+        **{"macs": book.ledger.resolved.table.macs, "repaired": False, "within_limits": True},
         **{"epoch": 2, "epochs": 2, "seed": 0, "source": "uniform", "params": proposal.params},
         **{"method": "lsq", "model": "lenet5", "data": "digits", "config": proposal.tree, "checkpoint": "trials/00000"},
     }

@@ -1,5 +1,6 @@
 """Search spaces: the contract of every space on every model and method, the sizes of ours, and what a block is."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -36,6 +37,8 @@ METHODS = ["lsq", "pact", "dorefa"]
 """For spaces that are not made for one method; a space with the name of a method is made for that one."""
 SPACES = plugins.describe("search_spaces")
 SAMPLES = 2
+UNVARIED = ("resnet18", "resnet34", "resnet50")
+"""Networks of torchvision without a setting of depth or width."""
 
 every_space = pytest.mark.parametrize("name", SPACES)
 every_space_with_a_method = pytest.mark.parametrize(
@@ -54,8 +57,10 @@ def layers(network: tuple[str, str]) -> Sequence[Layer]:
     return layer_table(base("lsq", network)).quantizable
 
 
-def space_of(name: str, rows: Sequence[Any]) -> dict[str, BaseDistribution]:
-    return plugins.attribute("spaces", name, "space")(rows)
+def space_of(name: str, rows: Sequence[Any], network: tuple[str, str]) -> dict[str, BaseDistribution]:
+    make = plugins.attribute("spaces", name, "space")
+    given = {"config": base("lsq", network).tree()} if "config" in inspect.signature(make).parameters else {}
+    return make(rows, **given)
 
 
 def end(distribution: Any, *, high: bool) -> Any:
@@ -71,7 +76,7 @@ def corner(space: dict[str, BaseDistribution], *, high: bool) -> Values:
 @cache
 def proposals(name: str, network: tuple[str, str]) -> list[Values]:
     """All lows, all highs, and a few draws, which a seed repeats."""
-    space = space_of(name, layers(network))
+    space = space_of(name, layers(network), network)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     draws = [study.ask(space).params for _ in range(SAMPLES)]
     return [corner(space, high=False), corner(space, high=True), *draws]
@@ -101,30 +106,30 @@ def test_a_space_says_in_one_line_what_it_is(name: str) -> None:
 @every_space
 @every_network
 def test_a_space_is_a_dict_of_distributions_and_the_same_each_time(name: str, network: tuple[str, str]) -> None:
-    space = space_of(name, layers(network))
-    assert space
+    space = space_of(name, layers(network), network)
+    assert space or (name == "architecture" and network[0] in UNVARIED)
     assert all(isinstance(distribution, BaseDistribution) for distribution in space.values())
-    assert list(space.items()) == list(space_of(name, layers(network)).items())
+    assert list(space.items()) == list(space_of(name, layers(network), network).items())
 
 
 @every_space
 @every_network
 def test_a_space_reads_only_name_first_and_last_of_a_layer(name: str, network: tuple[str, str]) -> None:
     bare = [SimpleNamespace(name=row.name, first=row.first, last=row.last) for row in layers(network)]
-    assert space_of(name, bare) == space_of(name, layers(network))
+    assert space_of(name, bare, network) == space_of(name, layers(network), network)
 
 
 @every_space
 @every_network
 def test_a_space_survives_the_way_through_json(name: str, network: tuple[str, str]) -> None:
-    space = space_of(name, layers(network))
+    space = space_of(name, layers(network), network)
     assert {key: json_to_distribution(distribution_to_json(asked)) for key, asked in space.items()} == space
 
 
 @every_space
 @every_network
 def test_addresses_of_bits_name_layers_that_the_model_has(name: str, network: tuple[str, str]) -> None:
-    asked = [address.split("/") for address in space_of(name, layers(network)) if address.startswith("bits/")]
+    asked = [address.split("/") for address in space_of(name, layers(network), network) if address.startswith("bits/")]
     assert {role for _, _, role in asked} <= {"weight", "activation"}
     for _, pattern, _ in asked:
         assert any(fnmatchcase(row.name, pattern) for row in layers(network)), pattern
@@ -144,7 +149,7 @@ def test_every_proposal_is_a_valid_config_that_says_what_was_proposed(
 @every_space_with_a_method
 @every_network
 def test_every_width_that_is_asked_for_changes_some_layer(name: str, network: tuple[str, str], method: str) -> None:
-    space = space_of(name, layers(network))
+    space = space_of(name, layers(network), network)
     config, lowest = configured(method, network, corner(space, high=False))
     idle = []
     for address in space:
@@ -167,6 +172,10 @@ def test_every_width_that_is_asked_for_changes_some_layer(name: str, network: tu
         (("lenet5", "digits"), "all_layers", 7),
         (("resnet20", "cifar10"), "uniform", 2),
         (("resnet20", "cifar10"), "training", 5),
+        (("resnet20", "cifar10"), "per_stage", 6),
+        (("resnet20", "cifar10"), "architecture", 2),
+        (("resnet20", "cifar10"), "joint", 8),
+        (("lenet5", "digits"), "joint", 5),
         (("resnet20", "cifar10"), "per_block", 18),
         (("resnet20", "cifar10"), "per_layer", 40),
         (("resnet20", "cifar10"), "all_layers", 43),
@@ -175,13 +184,13 @@ def test_every_width_that_is_asked_for_changes_some_layer(name: str, network: tu
     ],
 )
 def test_a_space_has_its_number_of_parameters(network: tuple[str, str], name: str, size: int) -> None:
-    assert len(space_of(name, layers(network))) == size
+    assert len(space_of(name, layers(network), network)) == size
 
 
 @pytest.mark.parametrize("name", ["uniform", "training", "per_layer", "per_block"])
 @every_network
 def test_the_first_and_the_last_layer_keep_8_bits(name: str, network: tuple[str, str]) -> None:
-    _, bits = configured("lsq", network, corner(space_of(name, layers(network)), high=False))
+    _, bits = configured("lsq", network, corner(space_of(name, layers(network), network), high=False))
     kept = {row.name: bits[row.name] for row in layers(network) if row.first or row.last}
     assert len(kept) == 2
     assert set(kept.values()) == {LayerBits(weight=8, activation=8)}
@@ -189,7 +198,7 @@ def test_the_first_and_the_last_layer_keep_8_bits(name: str, network: tuple[str,
 
 @every_network
 def test_all_layers_gives_the_first_and_the_last_layer_widths_too(network: tuple[str, str]) -> None:
-    _, bits = configured("lsq", network, corner(space_of("all_layers", layers(network)), high=False))
+    _, bits = configured("lsq", network, corner(space_of("all_layers", layers(network), network), high=False))
     first = next(row.name for row in layers(network) if row.first)
     assert bits.pop(first) == LayerBits(weight=2, activation=8)
     assert set(bits.values()) == {LayerBits(weight=2, activation=2)}
