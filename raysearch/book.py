@@ -17,7 +17,9 @@ from analysis.front import Front
 from raysearch.keep import Keeper
 from raysearch.ledger import Ledger, Proposal
 from raysearch.limits import broken, excesses
-from raysearch.records import SCHEMA, Log, RunFolder, complete_trials
+from raysearch.records import SCHEMA, Log, RunFolder, complete_trials, read_lines
+from raysearch.stopping import stopper_of
+from trainables import checkpoint
 from trainables.build import layer_table
 from trainables.config import parse
 from trainables.cost import size_bytes
@@ -28,10 +30,18 @@ METRICS = ("accuracy", "loss", "bops", "relative_bops", "size_bytes")
 
 @dataclass
 class Live:
-    """A trial in training."""
+    """A trial in training, or paused.
+
+    Attributes:
+        began_at: when it was begun, or taken up by this driver.
+        since: when it last was begun, taken up, or went on after a pause.
+        trained_s: time in training before that.
+    """
 
     proposal: Proposal
     began_at: float
+    since: float
+    trained_s: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     points: list[dict[str, Any]] = field(default_factory=list)
     timing: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +61,8 @@ class Book:
         self.folder, self.ledger, self.facts, self._listener = folder, ledger, dict(facts), listener
         self.sweep = ledger.sweep
         self.live: dict[int, Live] = {}
+        self.paused: dict[int, Live] = {}
+        self.stopper = stopper_of(ledger.resolved)
         self.rows = complete_trials(folder.records)
         self.counts = {"complete": 0, "pruned": 0, "failed": 0}
         self._ended: dict[int, list[dict[str, Any]]] = {}
@@ -59,43 +71,155 @@ class Book:
         self.ended_before = sum(self.counts.values())
         self.opened_at = time.monotonic()
         self.first_end_s: float | None = None
-        self._epochs_known = _known_epochs(folder)
+        self._epochs_known: dict[int, dict[int, dict[str, Any]]] = {}
+        self._paused_at: dict[int, float] = {}
+        self.epochs_spent = 0
+        self._read_epochs()
         self._records, self._epochs = Log(folder.records), Log(folder.epochs)
         self.float_size_bytes = size_bytes(ledger.resolved.table, {}, extra_floats=0)
         self._keeper = Keeper(folder, self.sweep.objectives, self.rows, self.sweep.max_checkpoint_bytes)
         self._reconcile()
 
+    def _read_epochs(self) -> None:
+        """Take in the epochs on disk, in their order, and what the stopper said to them."""
+        for line in read_lines(self.folder.epochs):
+            row = {key: value for key, value in line.items() if key not in ("trial", "time")}
+            self._epochs_known.setdefault(line["trial"], {})[line["epoch"]] = row
+            self.epochs_spent += 1
+            if self.stopper:
+                goes_on = row.get("rung", {}).get("goes_on", True)
+                self.stopper.restore(line["trial"], line["epoch"], [row, *row.get("other_points", [])], goes_on)
+                self.ledger.learn_course(line["trial"], row)
+            if not row.get("rung", {}).get("goes_on", True):
+                self._paused_at[line["trial"]] = line["time"]
+
     def _reconcile(self) -> None:
-        """Tell the study of trials that have a record but no end: the last driver was killed between the two."""
+        """Tell the study of trials that have a record but no end: the last driver was killed between the two. Those
+        that were paused are so again.
+        """
         for number in self.ledger.running():
             if number in self._ended:
                 self._tell(number)
-        self.ledger.interrupted = [p for p in self.ledger.interrupted if p.number not in self._ended]
+        for number, rows in self._ended.items():
+            if self.stopper:
+                self.stopper.rungs.end(number, counts=rows[0]["status"] == "complete")
+        waiting = self.stopper.rungs.waiting if self.stopper else {}
+        for proposal in self.ledger.interrupted:
+            if proposal.number in waiting and proposal.number not in self._ended:
+                live = self.paused[proposal.number] = self._taken_up(proposal)
+                paused_at = self._paused_at[proposal.number]
+                live.began_at = paused_at - live.trained_s
+                self.ledger.pause(proposal.number, paused_at)
+        begun = self._ended.keys() | self.paused.keys()
+        self.ledger.interrupted = [p for p in self.ledger.interrupted if p.number not in begun]
+
+    def _taken_up(self, proposal: Proposal) -> Live:
+        """A trial with the epochs that it has on disk."""
+        known = self._epochs_known.get(proposal.number, {})
+        now = time.time()
+        live = Live(proposal, now, now, history=[known[e] for e in sorted(known)])
+        live.trained_s = sum(row["seconds"] for row in live.history)
+        live.points = [
+            {"bits": proposal.cost.bits, **row, "measures": {name: row.get(name) for name in self.sweep.measures}}
+            for row in live.history[-1:]
+        ]
+        return live
 
     def begin(self, proposal: Proposal) -> None:
         """A trial starts, or goes on after an interruption."""
-        known = self._epochs_known.get(proposal.number, {})
-        self.live[proposal.number] = Live(proposal, time.time(), history=[known[e] for e in sorted(known)])
+        live = self.paused.pop(proposal.number, None) or self._taken_up(proposal)
+        live.since = time.time()
+        self.live[proposal.number] = live
         self._listener(self)
 
-    def epoch(self, number: int, message: Mapping[str, Any]) -> None:
-        """A worker reports an epoch; one that is known already, reported again after a restart, changes nothing."""
+    def epoch(self, number: int, message: Mapping[str, Any]) -> bool:
+        """A worker reports an epoch; the answer says whether the trial goes on, or is to be paused.
+
+        An epoch that is known already, reported again after a restart, changes nothing.
+        """
         live = self.live[number]
         report = message["report"]
-        live.points = report["points"]
+        share = self._share(live.proposal.tree)
+        live.points = [{**point, "relative_bops": point["relative_bops"] * share} for point in report["points"]]
         live.timing = {key: message[key] for key in ("slot", "began_at", "reported_at") if key in message}
         live.timing["first_step_at"] = report["first_step_at"]
         if report["epoch"] in (row["epoch"] for row in live.history):
-            return
-        first = report["points"][0]
+            return True
+        first = live.points[0]
         metrics = {"train_loss": report["train_loss"], **{n: first[n] for n in METRICS}, **first.get("measures", {})}
-        metrics["relative_bops"] *= self._share(live.proposal.tree)
         row = {"epoch": report["epoch"], **_written(metrics), "seconds": report["seconds"]}
         if live.proposal.cost.bits is None:  # widths that training decides are part of its course
             row["bits"] = report["points"][0]["bits"]
+        goes_on = self._stands(number, row, live.points) if self.stopper else True
         live.history.append(row)
+        self.epochs_spent += 1
         self._epochs.append({"trial": number, **row, "time": time.time()})
         self._listener(self)
+        return goes_on
+
+    def _stands(self, number: int, row: dict[str, Any], points: list[dict[str, Any]]) -> bool:
+        """Rank a trial where there is a rung, and write into its epoch's row what was said."""
+        assert self.stopper
+        standing = self.stopper.report(number, row["epoch"], points)
+        if len(points) > 1:
+            row["other_points"] = self.stopper.others(points)
+        if standing is None:
+            return True
+        row["rung"] = {"rank": standing.rank, "of": standing.of, "goes_on": standing.goes_on}
+        self.ledger.learn_course(number, row)
+        return standing.goes_on
+
+    def pause(self, number: int) -> None:
+        """A trial was stopped at a rung. It may go on later, unless too many wait."""
+        live = self.live.pop(number)
+        live.trained_s += time.time() - live.since
+        self.paused[number] = live
+        self.ledger.pause(number, time.time())
+        self._trim()
+        self._listener(self)
+
+    def _trim(self) -> None:
+        """Let the least hopeful go while too many wait, or their checkpoints and those of the front take too much."""
+        most = self.sweep.max_checkpoint_bytes
+        while self.stopper and self.paused:
+            if len(self.paused) <= self.sweep.max_paused:
+                files = [self.folder.trial(number) / checkpoint.FILE for number in self.paused]
+                if most is None or self._keeper.total_bytes + sum(map(checkpoint.size_bytes, files)) <= most:
+                    return
+            self._let_go(self.stopper.rungs.hopeless())
+
+    def promotable(self) -> int | None:
+        """The number of a paused trial that may go on; None if there is none, or no room for it."""
+        return self.stopper.rungs.promotable(self.room()) if self.stopper and self.paused else None
+
+    def promotion(self) -> Proposal | None:
+        """The configuration of a paused trial that goes on now."""
+        number = self.promotable()
+        if self.stopper is None or number is None:
+            return None
+        self.stopper.rungs.promote(number)
+        self.ledger.go_on(number)
+        return self.paused[number].proposal
+
+    def room(self) -> float:
+        """Epochs of the budget that are neither spent nor promised to a trial in training."""
+        if self.sweep.epoch_budget is None:
+            return math.inf
+        promised = sum(self.sweep.epochs - len(live.history) for live in self.live.values())
+        return self.sweep.epoch_budget - self.epochs_spent - promised
+
+    def let_all_go(self) -> None:
+        """The sweep is over: whoever still waits is pruned."""
+        while self.paused:
+            self._let_go(min(self.paused))
+
+    def _let_go(self, number: int) -> None:
+        """End a paused trial."""
+        assert self.stopper
+        standing = self.stopper.rungs.standing(number)
+        live = self.live[number] = self.paused.pop(number)
+        live.since = time.time()
+        self.end(number, "pruned", f"stopped at epoch {standing.epoch}: rung rank {standing.rank} of {standing.of}")
 
     def end(self, number: int, status: str, reason: str | None = None) -> None:
         """A trial ended: `complete`, `pruned` or `failed`, with the reason for the latter two."""
@@ -104,6 +228,8 @@ class Book:
             return
         if status == "complete" and (fault := _fault(live)):
             status, reason = "failed", fault
+        if self.stopper:
+            self.stopper.rungs.end(number, counts=status == "complete")
         points = (live.points if status == "complete" else live.points[:1]) or [{}]
         rows = [self._row(live, _written(point), len(points), status, reason) for point in points]
         self._records.append(*rows, durable=True)
@@ -115,6 +241,7 @@ class Book:
         self._tell(number)
         self._keeper.ended(number, rows)
         self._listener(self)
+        self._trim()
 
     def front(self) -> Front:
         """The front of all complete points so far."""
@@ -144,8 +271,6 @@ class Book:
         share = self._share(tree)
         measured = {**cost.measures, **point.get("measures", {})}
         found = {**cost.values(), **point, **measured}
-        if "relative_bops" in point:
-            found["relative_bops"] = point["relative_bops"] * share
         missed = broken(self.ledger.limits, found) if status == "complete" else {}
         return {
             "schema": SCHEMA,
@@ -158,7 +283,7 @@ class Book:
             "accuracy": point.get("accuracy"),
             "loss": point.get("loss"),
             "bops": point.get("bops", cost.bops),
-            "relative_bops": point["relative_bops"] * share if "relative_bops" in point else cost.relative_bops,
+            "relative_bops": point.get("relative_bops", cost.relative_bops),
             "size_bytes": point.get("size_bytes", cost.size_bytes),
             "float_size_bytes": self.float_size_bytes,
             "macs": round(share * self.ledger.resolved.table.macs),
@@ -167,7 +292,7 @@ class Book:
             "bits": point.get("bits", cost.bits),
             "epoch": live.history[-1]["epoch"] if live.history else 0,
             "epochs": self.sweep.epochs,
-            "seconds": round(time.time() - live.began_at, 3),
+            "seconds": round(live.trained_s + time.time() - live.since, 3),
             "seed": tree["seed"],
             "digest": cost.digest,
             "source": proposal.source,
@@ -212,17 +337,6 @@ def _fault(live: Live) -> str | None:
         return "it ended without a report"
     broken = [f"{k} is {point[k]}" for point in live.points for k in METRICS if not math.isfinite(point[k])]
     return f"{broken[0]} after epoch {live.history[-1]['epoch']}" if broken else None
-
-
-def _known_epochs(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:
-    """Epochs on disk: trial -> epoch -> metrics."""
-    from raysearch.records import read_lines
-
-    known: dict[int, dict[int, dict[str, Any]]] = {}
-    for line in read_lines(folder.epochs):
-        row = {key: value for key, value in line.items() if key not in ("trial", "time")}
-        known.setdefault(line["trial"], {})[line["epoch"]] = row
-    return known
 
 
 def _iso(moment: float) -> str:

@@ -207,8 +207,10 @@ def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: W
         watcher.started(folder, resolved)
         mirror, mirror_wait_s = start_mirror(folder.path, resolved.sweep.mlflow_uri), INTERRUPTED_WAIT_S
         try:
-            if ledger.interrupted or ledger.started < resolved.sweep.trials:
+            unfinished = ledger.interrupted or ledger.started < resolved.sweep.trials
+            if unfinished or book.promotable() is not None:
                 _tune(folder, resolved, capacity, ledger, book, groups)
+            book.let_all_go()
             write_json(folder.end, {"ended_at": facts.now(), "trials": ledger.started, "refused": ledger.refused})
             mirror_wait_s = MIRROR_WAIT_S
         finally:
@@ -259,7 +261,8 @@ def _tune(
 ) -> None:
     from ray import tune
 
-    from raysearch.searcher import LedgerSearcher
+    from raysearch.group import drop_job
+    from raysearch.searcher import LedgerSearcher, RungScheduler
     from raysearch.slots import GroupSlot, InlineSlot
     from raysearch.worker import make_job
     from trainables.measures import travelling
@@ -272,15 +275,24 @@ def _tune(
     if not groups:
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
 
+    rungs = book.stopper.rungs.epochs if book.stopper else []
+
     def slot_config(proposal: "Proposal", place: int) -> dict[str, Any]:
         number = proposal.number
         device = "cuda" if capacity.gpus else "cpu"
         return {
-            "job": make_job(number, proposal.tree, absolute.trial(number), absolute.starts, root, device, measures),
+            "job": make_job(
+                number, proposal.tree, absolute.trial(number), absolute.starts, root, device, measures, rungs
+            ),
             "cpus": sweep.cpus_per_worker,
             "group": groups[place] if groups else None,
         }
 
+    def vacate(place: int) -> None:
+        if groups:
+            drop_job(groups[place])
+
+    searcher = LedgerSearcher(ledger, book, slot_config, capacity.concurrent, vacate)
     if groups:
         slot = tune.with_resources(GroupSlot, {"cpu": 0, "memory": 1e6})
     else:
@@ -288,7 +300,8 @@ def _tune(
     tuner = tune.Tuner(
         slot,
         tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(ledger, book, slot_config, capacity.concurrent),
+            search_alg=searcher,
+            scheduler=RungScheduler(searcher),
             num_samples=-1,
             max_concurrent_trials=capacity.concurrent,
             reuse_actors=True,

@@ -53,6 +53,7 @@ class Mailbox:
         self._finished = True
         self._starts = 0
         self._messages: list[Message] = []
+        self._asked = 0
 
     async def post(self, job: Job) -> None:
         """Hand over the next job; an unfinished one is dropped. The same job again, from a slot whose predecessor died,
@@ -63,6 +64,7 @@ class Mailbox:
                 return
             self._number += 1
             self._job, self._finished, self._starts, self._messages, self._failures = job, False, 0, [], {}
+            self._asked = 0
             if self._broken:
                 self._close_job(self._broken, 0)
             self._changed.notify_all()
@@ -99,14 +101,29 @@ class Mailbox:
             return "job", self._number, self._job
 
     async def report(self, number: int, message: Message) -> bool:
-        """A message of rank 0; the answer says whether the job goes on."""
+        """A message of rank 0; the answer says whether the job goes on. At a rung it comes when somebody asks for the
+        next message, which is how a slot whose trial goes on says so, or when the job is no more.
+        """
+
+        def is_over() -> bool:
+            return number != self._number or self._finished or not self._open
+
         async with self._changed:
             if number != self._number or self._finished:
                 return False
             self._messages.append(message)
             self._finished = message["done"]
             self._changed.notify_all()
-            return self._open and not self._finished
+            told = len(self._messages)
+            if message.get("rung"):
+                await self._changed.wait_for(lambda: is_over() or self._asked >= told)
+            return not is_over()
+
+    async def drop(self) -> None:
+        """The job is no more: its trial is paused."""
+        async with self._changed:
+            self._job, self._finished = None, True
+            self._changed.notify_all()
 
     async def fail(self, number: int, rank: int, epoch: int, reason: str) -> bool:
         """A rank raised in an epoch: the job has failed. The answer says whether all ranks raised there."""
@@ -125,6 +142,8 @@ class Mailbox:
     async def message(self, index: int) -> Message | None:
         """Message number `index` (from 0) of the current job; None when it did not come for a while."""
         async with self._changed:
+            self._asked = max(self._asked, index)
+            self._changed.notify_all()
             try:
                 await asyncio.wait_for(self._changed.wait_for(lambda: len(self._messages) > index), WAIT_S)
             except TimeoutError:
@@ -260,6 +279,15 @@ class Group:
         self.end()
         self._thread.join(timeout=wait_s)
         ray.kill(self._mailbox)
+
+
+def drop_job(name: str) -> None:
+    """Let a group's job be, whose trial is paused.
+
+    Args:
+        name: of the group's mailbox.
+    """
+    ray.get(ray.get_actor(name).drop.remote())
 
 
 class Desk:

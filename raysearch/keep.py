@@ -82,6 +82,11 @@ class Keeper:
                 self._bytes[int(path.name)] = checkpoint.size_bytes(path / checkpoint.FILE)
         self._tidy()
 
+    @property
+    def total_bytes(self) -> int:
+        """What the checkpoints of ended trials take on disk."""
+        return sum(self._bytes.values())
+
     def ended(self, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """A trial has ended with these records: it may have pushed others off the front, or never been on it."""
         for row in rows:
@@ -94,7 +99,7 @@ class Keeper:
             self._drop(trial)
         if self.most_bytes is not None:
             for trial in sorted(self._bytes, key=lambda trial: (self._accuracy[trial], -trial)):
-                if sum(self._bytes.values()) <= self.most_bytes:
+                if self.total_bytes <= self.most_bytes:
                     break
                 self._drop(trial)
 

@@ -10,7 +10,9 @@ resumed sweep needs no saved sampler.
 """
 
 import random
+import time
 import warnings
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -125,6 +127,8 @@ class Ledger:
         self._repair = Repair(self.space, resolved.base, resolved.measures, seeds.sensitivities)
         self._first = [*seeds.first, *(("uniform", values) for values in uniform)]
         self._ended: list[Tried] = []
+        self._ends: list[tuple[float, int]] = []
+        self._courses: dict[int, dict[int, float]] = {}
         self._running: dict[int, Mapping[str, Any]] = {}
         self._size = cardinality(self.space)
         self._seen: dict[str, int] = {}
@@ -137,7 +141,9 @@ class Ledger:
             if trial.state == TrialState.RUNNING:
                 self.interrupted.append(self._proposal(trial))
         for trial in sorted((t for t in trials if t.datetime_complete), key=lambda t: (t.datetime_complete, t.number)):
-            self._learn_end(trial.params, trial.state, trial.values)
+            assert trial.datetime_complete
+            ended_at = trial.datetime_complete.timestamp()
+            self._learn_end(trial.number, ended_at, trial.params, trial.state, trial.values)
         _copy_qmc_position(self._disk, self._memory)
 
     @property
@@ -190,23 +196,57 @@ class Ledger:
         if others:
             self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others))
             self._storage.set_trial_user_attr(trial_id, OTHER_EXCESSES, [dict(each) for each in excesses[1:]])
+        twin = self._memory.get_trials(deepcopy=False)[self._twin[number]]
         for name, excess in (excesses[0] if excesses else {}).items():
             self._storage.set_trial_system_attr(trial_id, f"{CONSTRAINTS}:{name}", excess)
-            twin_id = self._memory.get_trials(deepcopy=False)[self._twin[number]]._trial_id
-            self._memory._storage.set_trial_system_attr(twin_id, f"{CONSTRAINTS}:{name}", excess)
+            if not twin.state.is_finished():
+                self._memory._storage.set_trial_system_attr(twin._trial_id, f"{CONSTRAINTS}:{name}", excess)
         self._disk.tell(number, values, state=state)
-        self._learn_end(self._running.pop(number), state, values)
+        if number in self._running:
+            self._learn_end(number, time.time(), self._running.pop(number), state, values)
         # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
         learnt = TrialState.PRUNED if state == TrialState.FAIL else state
-        self._memory.tell(self._twin[number], values, state=learnt)
-        self._learn_others(self._memory.get_trials(deepcopy=False)[self._twin[number]], others, excesses[1:])
+        if not twin.state.is_finished():
+            self._memory.tell(twin.number, values, state=learnt)
+            self._learn_others(self._memory.get_trials(deepcopy=False)[twin.number], others, excesses[1:])
+        elif values is not None:  # it was paused and went on
+            self._learn_others(twin, [values, *others], excesses)
 
-    def _learn_end(self, params: Mapping[str, Any], state: TrialState, values: Sequence[float] | None) -> None:
-        """What the frontier knows of a trial that has ended."""
-        if self._frontier:
-            place = next(i for i, name in enumerate(self.sweep.objectives) if name in QUALITIES)
-            quality = values[place] if values and state == TrialState.COMPLETE else None
-            self._ended.append(Tried(values=params, quality=quality, failed=state == TrialState.FAIL))
+    def pause(self, number: int, at: float) -> None:
+        """A trial was stopped, and may go on later; until then it is pruned to the sampler, and running on disk.
+
+        Args:
+            number: of the trial.
+            at: when, in Unix time.
+        """
+        self._learn_end(number, at, self._running.pop(number), TrialState.PRUNED, None)
+        twin = self._memory.get_trials(deepcopy=False)[self._twin[number]]
+        if not twin.state.is_finished():  # else it was paused before
+            self._memory.tell(twin.number, state=TrialState.PRUNED)
+
+    def go_on(self, number: int) -> None:
+        """A paused trial runs again."""
+        place = next(i for i, (_, other) in enumerate(self._ends) if other == number)
+        del self._ends[place]
+        self._running[number] = self._ended.pop(place).values
+
+    def learn_course(self, number: int, row: Mapping[str, Any]) -> None:
+        """What a trial had reached at a rung, as its epoch's line says."""
+        quality = next((row.get(name) for name in self.sweep.objectives if name in QUALITIES), None)
+        if "rung" in row and quality is not None:
+            self._courses.setdefault(number, {})[row["epoch"]] = quality
+
+    def _learn_end(
+        self, number: int, at: float, params: Mapping[str, Any], state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """What the frontier knows of a trial that has ended or is paused, in the order in which that happened."""
+        place = next((i for i, name in enumerate(self.sweep.objectives) if name in QUALITIES), None)
+        quality = values[place] if place is not None and values and state == TrialState.COMPLETE else None
+        course = self._courses.setdefault(number, {})
+        index = bisect(self._ends, (at, number))
+        self._ends.insert(index, (at, number))
+        failed = state == TrialState.FAIL
+        self._ended.insert(index, Tried(values=params, quality=quality, failed=failed, course=course))
 
     def _learn_others(
         self, first: FrozenTrial, others: Sequence[list[float]], excesses: Sequence[Mapping[str, float]] = ()

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis.pareto import bounded
 from raysearch.records import read_lines
@@ -24,17 +24,22 @@ def overview(path: Path, *, busy: bool) -> str:
     ended = {row["trial"]: row["status"] for row in rows}
     counts = Counter(ended.values())
     trials = result.description["trials"]
-    running: dict[int, int] = {}
+    running: dict[int, dict[str, Any]] = {}
     for line in read_lines(result.folder.epochs):
         if line["trial"] not in ended:
-            running[line["trial"]] = line["epoch"]
+            running[line["trial"]] = line
+    paused = {trial for trial, line in running.items() if not line.get("rung", {}).get("goes_on", True)}
     state = "running" if busy else "finished" if _is_over(result, len(ended)) else "interrupted"
     lines = [
         f"{result.name}: {state}",
-        f"  {counts['complete']}/{trials} done, {counts['pruned']} pruned, {counts['failed']} failed",
+        f"  {counts['complete']}/{trials} done, {counts['pruned']} pruned, {counts['failed']} failed"
+        + (f", {len(paused)} paused" if paused else ""),
     ]
     epochs = result.description["sweep"]["epochs"]
-    lines += [f"  trial {trial}: epoch {epoch}/{epochs}" for trial, epoch in sorted(running.items())]
+    lines += [
+        f"  trial {trial}: epoch {line['epoch']}/{epochs}{', paused' if trial in paused else ''}"
+        for trial, line in sorted(running.items())
+    ]
     lines += [f"  trial {row['trial']} {row['status']}: {row['reason']}" for row in rows if row["status"] == "failed"]
     count, size = result.folder.checkpoints()
     if count:
@@ -44,7 +49,12 @@ def overview(path: Path, *, busy: bool) -> str:
         limit = "" if most is None else f" of {human_bytes(most)} at most"
         lines.append(f"  checkpoints: {count}, {human_bytes(size)}{limit}")
     if state == "finished" and len(ended) < trials:
-        lines.append(f"  the space and its limits leave {len(ended)} configurations; all were tried")
+        budget = result.description["sweep"].get("epoch_budget")
+        lines.append(
+            f"  the space and its limits leave {len(ended)} configurations; all were tried"
+            if budget is None
+            else f"  the budget of {budget} epochs is spent"
+        )
     if counts["complete"]:
         front = result.front()
         lines += [f"  front: {size_of(front)}", "", front.table()]

@@ -30,7 +30,7 @@ def seconds_left(book: "Book", elapsed_s: float) -> float | None:
     ended = sum(book.counts.values()) - book.ended_before
     if ended <= 0 or book.first_end_s is None:
         return None
-    left = book.sweep.trials - sum(book.counts.values())
+    left = book.sweep.trials - sum(book.counts.values()) - len(book.paused)
     return left * (elapsed_s / ended if ended == 1 else (elapsed_s - book.first_end_s) / (ended - 1))
 
 
@@ -74,6 +74,11 @@ class PlainProgress(Watcher):
 
             choice = choose(resolved)
             self.say(f"sampler {choice.sampler}: {choice.reason}")
+        if sweep.stopper == "auto":
+            from raysearch.stopping import choose_stopper
+
+            chosen = choose_stopper(resolved)
+            self.say(f"stopper {chosen.stopper}: {chosen.reason}")
 
     def event(self, book: "Book") -> None:
         """A line when a trial has ended."""
@@ -134,10 +139,11 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def counts(book: "Book") -> str:
-    """`5/24 done, 2 running, 0 pruned, 1 failed`."""
+    """`5/24 done, 2 running, 0 pruned, 1 failed`; with early stopping `3 paused`, too."""
     done = book.counts
+    paused = f"{len(book.paused)} paused, " if book.stopper else ""
     return (
-        f"{done['complete']}/{book.sweep.trials} done, {len(book.live)} running, "
+        f"{done['complete']}/{book.sweep.trials} done, {len(book.live)} running, {paused}"
         f"{done['pruned']} pruned, {done['failed']} failed"
     )
 

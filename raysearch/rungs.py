@@ -137,10 +137,19 @@ class Rungs:
         grace: the first rung's epoch, >= 1.
         factor: one of so many goes on, > 1.
         order: who comes first in a layer.
+        front_only: whether the first layer goes on, however many they are, instead of a share.
     """
 
-    def __init__(self, epochs: int, *, grace: int = 1, factor: float = 3, order: Order | None = None) -> None:
-        self.factor, self._whole = factor, epochs
+    def __init__(
+        self,
+        epochs: int,
+        *,
+        grace: int = 1,
+        factor: float = 3,
+        order: Order | None = None,
+        front_only: bool = False,
+    ) -> None:
+        self.factor, self._whole, self._front_only = factor, epochs, front_only
         self._rungs = {epoch: _Rung(Layers(order or epsilon_net)) for epoch in rung_epochs(epochs, grace, factor)}
         self._latest: dict[int, np.ndarray] = {}
         self._waits: dict[int, int] = {}
@@ -203,7 +212,7 @@ class Rungs:
             if not rung.waiting or self._whole - epoch > room:
                 continue
             order = rung.layers.order()
-            for trial in order[: self._survivors(len(order))]:
+            for trial in order[: self._survivors(rung)]:
                 if trial in rung.waiting:
                     return trial
             fronted = self._on_front(rung.waiting)
@@ -239,11 +248,11 @@ class Rungs:
     def _standing(self, trial: int, epoch: int) -> Standing:
         order = self._rungs[epoch].layers.order()
         rank, on_front = 1 + order.index(trial), bool(self._on_front({trial}))
-        goes_on = on_front or rank <= self._survivors(len(order))
+        goes_on = on_front or rank <= self._survivors(self._rungs[epoch])
         return Standing(epoch=epoch, rank=rank, of=len(order), on_front=on_front, goes_on=goes_on)
 
-    def _survivors(self, count: int) -> int:
-        return -int(-count // self.factor)
+    def _survivors(self, rung: _Rung) -> int:
+        return len(rung.layers.fronts()[0]) if self._front_only else -int(-len(rung.stood) // self.factor)
 
     def _on_front(self, trials: set[int]) -> set[int]:
         """Those of the trials that have a point on the current front."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysearch.book import Book
@@ -21,12 +22,19 @@ class LedgerSearcher(Searcher):
         book: who writes down.
         tune_config: from a proposal and its place to the config of a slot.
         places: how many trials run at the same time; each has one of the places 0, 1, ... to itself.
+        vacate: called with the place of a trial that is paused, whose workers wait for a word.
     """
 
     def __init__(
-        self, ledger: Ledger, book: Book, tune_config: Callable[[Proposal, int], dict[str, Any]], places: int
+        self,
+        ledger: Ledger,
+        book: Book,
+        tune_config: Callable[[Proposal, int], dict[str, Any]],
+        places: int,
+        vacate: Callable[[int], None],
     ) -> None:
         super().__init__(metric=None, mode=None)
+        self._vacate = vacate
         self._ledger, self._book, self._tune_config = ledger, book, tune_config
         self._numbers: dict[str, int] = {}
         self._free = set(range(places))
@@ -44,26 +52,36 @@ class LedgerSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's slot config, or FINISHED."""
-        proposal = self._ledger.propose()
+        """The next trial's slot config; None while it depends on trials in training whether there is one; FINISHED."""
+        proposal = self._next()
         if proposal is None:
-            return Searcher.FINISHED
+            return None if self._book.live and self._book.stopper else Searcher.FINISHED
         self._numbers[trial_id] = proposal.number
         self._places[trial_id] = min(self._free)
         self._free.remove(self._places[trial_id])
         self._book.begin(proposal)
         return self._tune_config(proposal, self._places[trial_id])
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """An epoch."""
+    def _next(self) -> Proposal | None:
+        """What was interrupted, then a paused trial that is good enough by now, then a new one."""
+        if not self._ledger.interrupted:
+            promoted = self._book.promotion()
+            if promoted or self._book.room() < self._book.sweep.epochs:
+                return promoted
+        return self._ledger.propose()
+
+    def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """An epoch; the answer says whether the trial goes on."""
         message = _message(result)
-        if "report" in message:
-            self._book.epoch(self._numbers[trial_id], message)
+        return "report" not in message or self._book.epoch(self._numbers[trial_id], message)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: `goes_on` has heard it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The end: Tune gives the last result, or says that the slot's process could not be kept alive."""
-        number = self._numbers.pop(trial_id)
-        self._free.add(self._places.pop(trial_id))
+        number, place = self._numbers.pop(trial_id), self._places.pop(trial_id)
+        self._free.add(place)
         message = _message(result)
         if error:
             self._book.end(number, "failed", "its process died again and again; see the Ray logs")
@@ -75,7 +93,8 @@ class LedgerSearcher(Searcher):
         elif message.get("done"):
             self._book.end(number, "complete")
         else:
-            self._book.end(number, "pruned", "stopped early")
+            self._vacate(place)
+            self._book.pause(number)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is on disk."""
@@ -84,6 +103,23 @@ class LedgerSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is on disk."""
+
+
+class RungScheduler(FIFOScheduler):
+    """Tune's trials in their order; each result is heard by the book, which says whether its trial goes on.
+
+    Args:
+        searcher: who knows the trials by Tune's names.
+    """
+
+    def __init__(self, searcher: LedgerSearcher) -> None:
+        super().__init__()
+        self._searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """CONTINUE or STOP, which ends the slot's step and not its process."""
+        goes_on = self._searcher.goes_on(trial.trial_id, result)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
 
 def _message(result: dict[str, Any] | None) -> dict[str, Any]:

@@ -48,9 +48,21 @@ TAKEN = (
         "digest",
     ),
     *("source", "method", "model", "data", "params", "config", "history", "checkpoint", "run", "started_at", "time"),
-    *("finished_at", "timing", "measures", "within_limits", "repaired", "train_loss", "test_accuracy", "trial_seconds"),
+    *(
+        "finished_at",
+        "timing",
+        "measures",
+        "within_limits",
+        "repaired",
+        "train_loss",
+        "test_accuracy",
+        "trial_seconds",
+        "rung",
+        "other_points",
+    ),
 )
 """Names of a record's own fields, which no measure may take."""
+STOPPERS = ("auto", "none", "mo_asha", "front")
 SAMPLERS = ("auto", "frontier", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
 
 
@@ -84,6 +96,11 @@ class Sweep:
     gpus_per_worker: Annotated[float | None, "GPUs of a worker, also a share; default: 1 if there are any"] = None
     train: Annotated[bool, "use a Ray Train worker group also for one CPU worker"] = False
     sampler: Annotated[str, "who proposes: auto, frontier, tpe, nsga2, nsga3, gp, random, qmc"] = "auto"
+    stopper: Annotated[str, "who stops trials early: auto, none, mo_asha, front"] = "auto"
+    grace_epochs: Annotated[int, "epochs before a trial may be stopped"] = 1
+    reduction_factor: Annotated[float, "mo_asha: one of so many goes on at a rung, with so many times the epochs"] = 3.0
+    max_paused: Annotated[int, "stopped trials whose checkpoints are kept, so that they may go on later"] = 32
+    epoch_budget: Annotated[int | None, "epochs of all trials together; --trials is then only an upper bound"] = None
     seed: Annotated[int, "seed of search, weights and data order"] = 0
     seed_from: Annotated[
         str | None, "try first what sensitivities suggest: a file of `raysearch sensitivity -o`, or `sensitivity`"
@@ -161,6 +178,7 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
     Raises:
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
     """
+    from raysearch.rungs import rung_epochs
     from trainables.build import layer_table
     from trainables.measures import load_all
 
@@ -180,6 +198,11 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
     if callable(sweep.space):
         sweep = replace(sweep, space=found)
     resolved = Resolved(sweep, base, config, table, found, measures)
+    if sweep.stopper not in ("auto", "none") and not rung_epochs(sweep.epochs, sweep.grace_epochs, 2):
+        raise SweepError(
+            f"stopper {sweep.stopper!r} would stop nobody: trials have {sweep.epochs} epochs, none of them before "
+            f"epoch {sweep.grace_epochs} is stopped; raise --epochs or lower --grace-epochs"
+        )
     if sweep.sampler == "frontier":
         from raysearch.choice import choose
 
@@ -238,7 +261,7 @@ def check_files(known: Mapping[str, str]) -> None:
 
 def _check_types(sweep: Sweep) -> None:
     """A sweep may come from a JSON file that a person wrote."""
-    text, no_text = ("method", "model", "data", "sampler"), ("data_root", "mlflow_uri", "seed_from")
+    text, no_text = ("method", "model", "data", "sampler", "stopper"), ("data_root", "mlflow_uri", "seed_from")
     given = {f.name: getattr(sweep, f.name) for f in fields(sweep)}
     faults = [f"{name} = {given[name]!r}: text" for name in text if not isinstance(given[name], str)]
     faults += [f"{name} = {given[name]!r}: text" for name in no_text if not isinstance(given[name], str | None)]
@@ -274,10 +297,13 @@ def check_values(sweep: Sweep) -> None:
         ("workers", 1, 4096),
         ("concurrent", 1, 10**5),
         ("cpus_per_worker", 1, 4096),
+        ("grace_epochs", 1, 10**5),
+        ("max_paused", 0, 10**5),
+        ("epoch_budget", 1, 10**9),
         ("seed", 0, 2**31 - 1),
     ):
         value = getattr(sweep, name)
-        if value is None and name == "concurrent":
+        if value is None and name in ("concurrent", "epoch_budget"):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             faults.append(f"{name} = {value!r}: an integer from {low} to {high}")
@@ -295,6 +321,16 @@ def check_values(sweep: Sweep) -> None:
     if sweep.sampler not in SAMPLERS:
         hint = nearest(sweep.sampler, list(SAMPLERS)) or f"; one of {', '.join(SAMPLERS)}"
         faults.append(f"unknown sampler {sweep.sampler!r}{hint}")
+    if sweep.stopper not in STOPPERS:
+        hint = nearest(sweep.stopper, list(STOPPERS)) or f"; one of {', '.join(STOPPERS)}"
+        faults.append(f"unknown stopper {sweep.stopper!r}{hint}")
+    factor = sweep.reduction_factor
+    if isinstance(factor, bool) or not (isinstance(factor, int | float) and 1 < factor <= 1000):
+        faults.append(f"reduction_factor = {factor!r}: a number over 1, up to 1000")
+    if isinstance(sweep.epoch_budget, int) and isinstance(sweep.epochs, int) and sweep.epoch_budget < sweep.epochs:
+        faults.append(
+            f"epoch_budget = {sweep.epoch_budget}: one trial takes {sweep.epochs} epochs; give at least those"
+        )
     faults += [f"settings: {a} is the field {name!r} of the sweep" for a, name in FIELDS.items() if a in sweep.settings]
     try:
         check_objectives(sweep.objectives, sweep.measures)

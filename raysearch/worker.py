@@ -9,7 +9,7 @@ import atexit
 import gc
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,14 @@ def make_job(
     data_root: str | None,
     device: str,
     measures: Mapping[str, Any] | None = None,
+    rungs: Sequence[int] = (),
 ) -> Job:
-    """The job of one trial, as it travels to a worker; `measures` are where a person's own come from, by name."""
+    """The job of one trial, as it travels to a worker.
+
+    Args:
+        measures: where a person's own come from, by name.
+        rungs: epochs after which it waits for a word whether to go on.
+    """
     return {
         "number": number,
         "tree": tree,
@@ -39,6 +45,7 @@ def make_job(
         "data_root": data_root,
         "device": device,
         "measures": dict(measures or {}),
+        "rungs": list(rungs),
     }
 
 
@@ -75,6 +82,7 @@ def messages(job: Job) -> Iterator[Message]:
             yield {
                 "report": report.to_json(),
                 "done": report.epoch == report.epochs,
+                "rung": report.epoch in job["rungs"],
                 "began_at": began_at,
                 "reported_at": time.time(),
             }

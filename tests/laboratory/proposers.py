@@ -1,5 +1,6 @@
 """Who searches the laboratory's problems: ours, and what it is measured against."""
 
+import logging
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +107,42 @@ class Plain:
 
     def objectives(self, values: Mapping[str, Any], losses: Sequence[float]) -> list[float]:
         return [losses[-1], float(self.problem.evaluate(self.problem.array(values)[None])[0, 1])]
+
+
+class RayOptuna:
+    """Ray Tune's own OptunaSearch (its default sampler is a univariate TPE), asked as Tune asks it.
+
+    It hears of a stopped trial as of a complete one, with the value that it had reached: so does Tune tell it.
+
+    Args:
+        objective: the one that it knows, of loss and cost.
+    """
+
+    def __init__(self, problem: Problem, seed: int, objective: Callable[[float, float], float]) -> None:
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        logging.getLogger("ray.tune.search.optuna.optuna_search").setLevel(logging.ERROR)
+        self.problem, self.objective = problem, objective
+        places = {name.replace("/", ":"): IntDistribution(0, len(problem.widths) - 1) for name in problem.space}
+        self.searcher = OptunaSearch(places, metric="objective", mode="min", seed=seed)
+        self.running: list[tuple[dict[str, Any], str]] = []
+        self.asked = 0
+
+    def ask(self) -> dict[str, Any] | None:
+        name = str(self.asked)
+        self.asked += 1
+        places = self.searcher.suggest(name)
+        assert places is not None
+        values = {address: self.problem.widths[places[address.replace("/", ":")]] for address in self.problem.space}
+        self.running.append((values, name))
+        return values
+
+    def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
+        place = next(i for i, (mine, _) in enumerate(self.running) if mine == values)
+        _, name = self.running.pop(place)
+        cost = float(self.problem.evaluate(self.problem.array(values)[None])[0, 1])
+        self.searcher.on_trial_complete(name, {"objective": self.objective(losses[-1], cost)})
 
 
 PROPOSERS: dict[str, Callable[[Problem, int], Proposer]] = {

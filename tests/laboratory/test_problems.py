@@ -189,3 +189,21 @@ def test_the_default_proposer_reaches_its_bars(name: str, trials: int, bar: floa
     problem = PROBLEMS[name](0)
     run = simulate(problem, Default(problem, 0), trials=trials, concurrent=concurrent)
     assert problem.share(points(run)) >= bar
+
+
+@pytest.mark.parametrize(("name", "most"), [("noise 1", 10), ("coupled", 10), ("error", 60)])
+def test_many_trials_at_the_same_time_repeat_nothing_and_waste_little(name: str, most: int) -> None:
+    """Waste is a trial that a trial dominates which had ended before it was proposed; of random search it is 150."""
+    problem = PROBLEMS[name](0)
+    run = simulate(problem, Default(problem, 0), trials=200, concurrent=32, seed=0)
+    assert len({tuple(trial.values.values()) for trial in run}) == 200
+    wasted = [
+        trial.number
+        for trial in run
+        if any(
+            other.ended_s <= trial.started_s and other.loss <= trial.loss and other.cost <= trial.cost
+            for other in run
+            if other.ended_s is not None and other is not trial
+        )
+    ]
+    assert len(wasted) <= most

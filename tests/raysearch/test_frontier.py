@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from analysis.pareto import hypervolume
 from raysearch.bit_layout import BitLayout
-from raysearch.frontier import Frontier, Tried, unsuited
+from raysearch.frontier import Frontier, Tried, extrapolated, unsuited
 from raysearch.loss_model import fit, guess
 from raysearch.staircase import WORST_COST, gains, staircase
 from search_spaces import all_layers, per_block, per_layer, uniform
@@ -290,3 +290,26 @@ def test_nothing_is_known_before_the_first_result_but_the_guess() -> None:
     model = guess(np.ones(3))
     narrow, wide = model.predict(np.array([[2.0, 2, 2], [8, 8, 8]]))
     assert narrow > wide
+
+
+@law
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=8, unique=True), st.floats(0.2, 2), st.floats(-5, 5))
+def test_what_would_have_become_of_a_stopped_trial_follows_the_others(
+    early: list[float], slope: float, gain: float
+) -> None:
+    reached = np.array(early)
+    same = extrapolated(reached, np.column_stack([reached, reached + gain]))
+    assert same == pytest.approx(reached + gain)
+    many = np.linspace(-10, 10, 400)
+    line = extrapolated(reached, np.column_stack([many, slope * many + gain]))
+    assert line == pytest.approx(slope * reached + gain, abs=0.2)
+
+
+def test_a_stopped_trial_teaches_the_model_and_is_no_point_of_the_front() -> None:
+    frontier = Frontier(SPACES["uniform"].space(LAYERS), LAYERS, ONE)
+    widths = [dict.fromkeys(frontier.layout.addresses, width) for width in (2, 3, 4, 6, 8)]
+    whole = [Tried(values=v, quality=accuracy(v), course={1: accuracy(v) - 0.2}) for v in widths[::2]]
+    stopped = [Tried(values=v, course={1: accuracy(v) - 0.2}) for v in widths[1::2]]
+    assert frontier._qualities([*whole, *stopped]).tolist() == [-accuracy(v) for v in widths[::2]] + [np.inf] * 2
+    assert frontier._hopes([*whole, *stopped]) == pytest.approx([-accuracy(v) for v in [*widths[::2], *widths[1::2]]])
+    assert frontier.propose([*whole, *stopped], [], 0) not in widths

@@ -55,7 +55,8 @@ def test_plain_progress_is_a_line_for_each_trial_that_ends(tmp_path: Path) -> No
         book.epoch(0, said)
     book.end(0, "complete")
     book.end(second.number, "failed", "DivergedError: loss is nan [bold]")
-    head, sampler, one, two = text.getvalue().splitlines()
+    head, sampler, stopper, one, two = text.getvalue().splitlines()
+    assert stopper == "stopper none: the frontier proposes few trials that are worth stopping"
     assert sampler == "sampler frontier: 2 bit parameters, whose costs are known before training"
     assert head == f"{tmp_path / 'a-run'}: 4 trials of lsq on lenet5, digits, 2 epochs, space uniform (2 parameters)"
     cost = f"{first.cost.relative_bops:.2%} BOPs, {first.cost.size_bytes / 1024:.1f} KiB (uniform)"
@@ -79,7 +80,7 @@ def test_a_sweep_that_goes_on_says_nothing_of_what_ended_before(tmp_path: Path) 
     book.end(2, "pruned", "stopped early")
     (line,) = later.getvalue().splitlines()
     assert line.startswith("trial 2 pruned: stopped early | 2/4 done, 0 running, 1 pruned, 0 failed | ")
-    assert len(text.getvalue().splitlines()) == 4
+    assert len(text.getvalue().splitlines()) == 5
 
 
 def make_run_again(path: Path) -> Any:
@@ -104,7 +105,7 @@ def test_every_set_of_objectives_can_be_watched(tmp_path: Path, objectives: dict
     watcher, text = plain()
     book = watched(tmp_path / "a-run", watcher, objectives=objectives)
     drive(book)
-    assert len(text.getvalue().splitlines()) == 6
+    assert len(text.getvalue().splitlines()) == 7
     assert "4/4 done" in view(live()[0], book)
     assert "4/4 done" in overview(tmp_path / "a-run", busy=False)
     shown = "loss" not in objectives  # it has no worst value that all sweeps share
