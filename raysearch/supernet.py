@@ -105,13 +105,15 @@ class _Opened:
         return Cost(name, report.bops, report.relative_bops, report.size_bytes, widths)
 
 
-def search(question: Search, out: str | Path | None = None, *, seeds: Seeds | None = None, watcher: Watcher) -> Result:
+def search(
+    question: Search, out: str | Path | None = None, *, seed_from: str | Path | None = None, watcher: Watcher
+) -> Result:
     """Search over the mixtures of a trained network's widths.
 
     Args:
         question: what is searched.
         out: run folder to make; default `runs/NAME`.
-        seeds: what to evaluate first, and known sensitivities.
+        seed_from: file of sensitivities, whose suggestions are evaluated first.
         watcher: told of progress.
 
     Raises:
@@ -123,12 +125,13 @@ def search(question: Search, out: str | Path | None = None, *, seeds: Seeds | No
     session, trained = _trained(question)
     opened = _asked(session, question, trained)
     sweep = opened.resolved.sweep
+    seeds = _seeds(opened, seed_from)
     name = default_name(sweep, time.strftime("%Y%m%d-%H%M%S")) + "-shared"
     folder = RunFolder(Path(out) if out is not None else default_out(name))
     check_folder(folder)
     with _capacity(opened, folder) as capacity, locked(folder):
         supernet.keep(session, folder.path / SUPERNET)
-        (seeds or Seeds()).write(folder.seeds)
+        seeds.write(folder.seeds)
         describe(
             folder,
             opened.resolved,
@@ -164,6 +167,18 @@ def resume(path: str | Path, *, watcher: Watcher) -> Result:
 def is_search(path: Path) -> bool:
     """Whether a run folder is that of a search on shared weights."""
     return "search" in RunFolder(path).read_sweep()
+
+
+def _seeds(opened: _Opened, path: str | Path | None) -> Seeds:
+    """What a file of sensitivities suggests for the mixtures."""
+    from raysearch.mixtures import mixture
+    from raysearch.sensitivities import read, seeds_of
+
+    if path is None:
+        return Seeds()
+    resolved = opened.resolved
+    layers, objectives = resolved.table.quantizable, resolved.sweep.objectives
+    return seeds_of(read(path), resolved.space, layers, {}, objectives, fixed=mixture({}, opened.choices))
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ def watched(run: Callable[[Any], Any]) -> None:
     _show(result)
 
 
-def searched(run: Callable[[Any], Any]) -> None:
-    """Run a search on shared weights before the eyes of a person, and say what came of it."""
+def searched(run: Callable[[Any], Any]) -> Any:
+    """Run a search on shared weights before the eyes of a person, and say what came of it: its result."""
     from rich.console import Console
 
     from raysearch.progress import SearchProgress
@@ -40,6 +40,7 @@ def searched(run: Callable[[Any], Any]) -> None:
             click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
         raise
     _show(result)
+    return result
 
 
 class _Remembering:

@@ -102,6 +102,10 @@ class NormSets:
         """Replace the statistics of the set in use."""
         raise NotImplementedError(f"{type(self).__name__} keeps no statistics")
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """The set in use as the state of a plain batch norm."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its sets hold")
+
 
 def _take(new: "QuantizedLayer", layer: nn.Module, weights: Quantizer, inputs: Quantizer | None) -> None:
     """Give a new quantized layer the parameters of `layer`, and its quantizers."""

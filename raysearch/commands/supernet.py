@@ -14,6 +14,7 @@ TRAINED = (
 )
 METHOD = "double_rounding"
 CALIBRATION = 512
+LR = 0.005
 
 
 @click.group()
@@ -61,12 +62,18 @@ def _widths(context: click.Context, parameter: click.Parameter, text: str | None
 @click.option("--max-size-bytes", type=click.FloatRange(min=0), help="nor one over so many bytes")
 @click.option("--workers", type=click.IntRange(min=1), help="at the same time  [default: all cores, or GPUs]")
 @click.option("--mlflow-uri", help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else the run folder")
+@click.option(
+    "--seed-from", type=click.Path(path_type=Path), help="try first what a file of `raysearch sensitivity -o` suggests"
+)
+@click.option("--finetune", "points", type=click.IntRange(min=1), metavar="N", help="then train N front points alone")
 @click.option("--out", type=click.Path(path_type=Path), help="run folder to make  [default: runs/NAME]")
 def search(
     run_folder: Path,
     objectives: str | None,
     recalibrate: bool,
     max_relative_bops: float | None,
+    seed_from: Path | None,
+    points: int | None,
     out: Path | None,
     **options: Any,
 ) -> None:
@@ -83,4 +90,34 @@ def search(
         max_relative_bops=None if max_relative_bops is None else max_relative_bops / 100,
         **options,
     )
-    searched(lambda watcher: run(question, out, watcher=watcher))
+    result = searched(lambda watcher: run(question, out, seed_from=seed_from, watcher=watcher))
+    if points is not None:
+        _finetuned(result, points)
+
+
+@command.command()
+@run_folder
+@click.option("--points", type=click.IntRange(min=1), default=5, show_default=True, help="points of the front")
+@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="epochs of each")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=LR, show_default=True, help="learning rate")
+def finetune(run_folder: Path, points: int, epochs: int, lr: float) -> None:
+    """Train points of a search's front alone, and say how far the shared accuracies are to be trusted."""
+    from raysearch.result import Result
+
+    _finetuned(Result(run_folder), points, epochs=epochs, lr=lr)
+
+
+def _finetuned(result: Any, points: int, **options: Any) -> None:
+    from raysearch.finetune import correlation_text
+    from raysearch.finetune import finetune as train_points
+    from raysearch.watching import watched
+
+    found: list[Any] = []
+
+    def train_them(watcher: Any) -> Any:
+        tuned, compared = train_points(result, points, watcher=watcher, **options)
+        found.append(compared)
+        return tuned
+
+    watched(train_them)
+    click.echo(f"\n{correlation_text(found[0])}")

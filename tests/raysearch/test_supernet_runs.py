@@ -9,8 +9,10 @@ from mlflow import MlflowClient
 
 from raysearch import driver
 from raysearch.errors import RecordError, SweepError
+from raysearch.finetune import CORRELATION, correlation_text, finetune
 from raysearch.result import Result
 from raysearch.seeds import Seeds
+from raysearch.sensitivities import FORMAT
 from raysearch.supernet import SUPERNET, Search, resume, search
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import finished_run
@@ -156,3 +158,26 @@ def test_a_search_of_a_search_and_of_a_sweep_without_checkpoints_is_refused(foun
         resume(plain.path, watcher=Silent())
     with pytest.raises(RecordError, match="is a search on shared weights"):
         driver.resume(found.path)
+
+
+def test_points_are_trained_alone_at_their_widths_and_compared(found: Result, trained: Path) -> None:
+    tuned, compared = finetune(found, 3)
+    rows = tuned.records()
+    assert {(row["source"], row["method"], row["status"]) for row in rows} == {("finetune", "lsq", "complete")}
+    chosen = {json.dumps(point["bits"], sort_keys=True) for point in compared["points"]}
+    assert {json.dumps(row["bits"], sort_keys=True) for row in rows} == chosen
+    assert chosen <= {json.dumps(row["bits"], sort_keys=True) for row in found.records()}
+    assert set(compared["correlation"]) == {"shared", "recalibrated"}
+    assert json.loads((found.path / CORRELATION).read_text()) == compared
+    assert "rank correlation, recalibrated and fine-tuned: Spearman" in correlation_text(compared)
+    with pytest.raises(RecordError, match="holds no search on shared weights"):
+        finetune(Result(trained), 3)
+    with pytest.raises(SweepError, match="already holds a sweep"):
+        finetune(found, 3)
+
+
+def test_sensitivities_of_another_network_are_refused(trained: Path, tmp_path: Path) -> None:
+    tree = {"format": FORMAT, "model": "lenet5", "data": "digits", "widths": [2], "layers": [{"layer": "conv9"}]}
+    (tmp_path / "s.json").write_text(json.dumps(tree))
+    with pytest.raises(SweepError, match=r"are of another network: they lack .* and have conv9"):
+        search(Search(run=str(trained)), tmp_path / "run", seed_from=tmp_path / "s.json", watcher=Silent())

@@ -92,6 +92,12 @@ class SwitchableNorm(_BatchNorm, modules.NormSets):
         self.running_mean[self.used] = mean
         self.running_var[self.used] = var
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """The set in use as the state of a plain batch norm."""
+        shared = ("weight", "bias") if self.shared_affine else ()
+        state = {name: value for name, value in self.state_dict().items() if name != "index"}
+        return {name: value if name in shared else value[self.used] for name, value in state.items()}
+
     def adopt(self, row: int, source: int) -> None:
         """Start the set `row` from the values of the set `source`."""
         with torch.no_grad():

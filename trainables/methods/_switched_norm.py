@@ -76,6 +76,10 @@ class SwitchedNorm(nn.Module, modules.NormSets):
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """The set in use as the state of a plain batch norm."""
+        return self.plain().state_dict()
+
     def spread(self, widths: Sequence[int]) -> None:
         """Start every transition into a width from the set of that width alone."""
         for before in widths:
