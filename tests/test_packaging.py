@@ -34,7 +34,8 @@ def test_the_wheel_holds_four_packages_and_its_metadata(wheel: dict[str, bytes])
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_every_source_file_of_a_package_is_in_the_wheel(wheel: dict[str, bytes], package: str) -> None:
-    written = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / package).rglob("*.py")}
+    sources = [path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".css", ".js")]
+    written = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sources}
     assert f"{package}/__init__.py" in written
     assert {name: wheel.get(name) for name in written} == written
 

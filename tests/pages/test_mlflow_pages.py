@@ -92,8 +92,8 @@ def test_a_trial_shows_the_command_that_repeats_it_its_configuration_and_its_cur
     assert "Resolved configuration" in page.locator("body").inner_text()
     page.screenshot(path=shots / "mlflow-trial.png")
     page.locator("text=Model metrics").first.click()
-    page.wait_for_selector("text=train_loss", timeout=WAIT_MS)
-    page.wait_for_timeout(500)
+    page.wait_for_selector("text=Add chart", timeout=WAIT_MS)
+    page.wait_for_selector(r"text=/trial-\d{4} \(accuracy\)/", timeout=WAIT_MS)
     page.screenshot(path=shots / "mlflow-curves.png")
 
 
