@@ -14,10 +14,11 @@ from typing import Any
 from optuna.trial import TrialState
 
 from analysis.front import Front
+from raysearch.errors import RecordError
 from raysearch.keep import Keeper
 from raysearch.ledger import Ledger, Proposal
 from raysearch.limits import broken, excesses
-from raysearch.records import SCHEMA, Log, RunFolder, complete_trials, read_lines
+from raysearch.records import SCHEMA, Log, RunFolder, complete_trials, read_trials
 from raysearch.stopping import stopper_of
 from trainables import checkpoint
 from trainables.build import layer_table
@@ -25,6 +26,8 @@ from trainables.config import parse
 from trainables.cost import size_bytes
 
 Listener = Callable[["Book"], None]
+LONG = ("config", "params", "history", "timing", "versions", "git")
+"""Fields that nobody asks the book for; records on disk have them."""
 METRICS = ("accuracy", "loss", "bops", "relative_bops", "size_bytes")
 
 
@@ -68,6 +71,8 @@ class Book:
         self._ended: dict[int, list[dict[str, Any]]] = {}
         for row in self.rows:
             self._count(row)
+        self._slim = 0
+        self._forget(before=len(self.rows) - 1)
         self.ended_before = sum(self.counts.values())
         self.opened_at = time.monotonic()
         self.first_end_s: float | None = None
@@ -82,7 +87,7 @@ class Book:
 
     def _read_epochs(self) -> None:
         """Take in the epochs on disk, in their order, and what the stopper said to them."""
-        for line in read_lines(self.folder.epochs):
+        for line in read_trials(self.folder.epochs):
             row = {key: value for key, value in line.items() if key not in ("trial", "time")}
             self._epochs_known.setdefault(line["trial"], {})[line["epoch"]] = row
             self.epochs_spent += 1
@@ -97,6 +102,12 @@ class Book:
         """Tell the study of trials that have a record but no end: the last driver was killed between the two. Those
         that were paused are so again.
         """
+        lacking = sorted(number for number in self._ended if number >= self.ledger.started)
+        if lacking:
+            raise RecordError(
+                f"{self.folder.study} lacks trial {lacking[0]}, which {self.folder.records} has: "
+                "bring back the study of this sweep, or ask its question anew (raysearch sweep --from)"
+            )
         for number in self.ledger.running():
             if number in self._ended:
                 self._tell(number)
@@ -236,6 +247,7 @@ class Book:
         for row in rows:
             self.rows.append(row)
             self._count(row)
+        self._forget(before=len(self.rows) - len(rows))
         if self.first_end_s is None:
             self.first_end_s = time.monotonic() - self.opened_at
         self._tell(number)
@@ -244,8 +256,8 @@ class Book:
         self._trim()
 
     def front(self) -> Front:
-        """The front of all complete points so far."""
-        return Front.of(self.rows, self.sweep.objectives, self.sweep.reference)
+        """The front of all complete points so far; it knows no others."""
+        return Front.of(self._keeper.front, self.sweep.objectives, self.sweep.reference)
 
     def has_points(self) -> bool:
         """Whether any trial is complete."""
@@ -315,6 +327,13 @@ class Book:
         if not points:
             self.counts[row["status"]] += 1
         points.append(row)
+
+    def _forget(self, before: int) -> None:
+        """Leave what is long in the records of earlier trials to the disk: memory must not grow with it."""
+        for row in self.rows[self._slim : before]:
+            for name in LONG:
+                row.pop(name, None)
+        self._slim = max(self._slim, before)
 
     def _tell(self, number: int) -> None:
         rows = self._ended[number]

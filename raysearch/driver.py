@@ -262,7 +262,7 @@ def _tune(
     from ray import tune
 
     from raysearch.group import drop_job
-    from raysearch.searcher import LedgerSearcher, RungScheduler
+    from raysearch.searcher import Forget, LedgerSearcher, RungScheduler
     from raysearch.slots import GroupSlot, InlineSlot
     from raysearch.worker import make_job
     from trainables.measures import travelling
@@ -310,6 +310,7 @@ def _tune(
             name="tune",
             storage_path=str(scratch),
             verbose=0,
+            callbacks=[Forget()],
             failure_config=tune.FailureConfig(max_failures=PROCESS_RETRIES),
             # Trials keep their own checkpoints (trainables.checkpoint); Tune's would be pickles.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),

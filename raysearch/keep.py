@@ -4,6 +4,7 @@ Picking under a limit makes what it limits an objective, so what could then be p
 to date trial by trial: what an ended trial costs does not grow with their number.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ PICKED = ("accuracy", "bops", "size_bytes")
 
 
 class Archive:
-    """The trials with a point on the front of some objectives; of equal points the first stays.
+    """The records on the front of some objectives; of equal points the first stays.
 
     Args:
         objectives: name to direction.
@@ -29,12 +30,12 @@ class Archive:
         self.names = tuple(objectives)
         self._signs = np.array([-1.0 if direction == "max" else 1.0 for direction in objectives.values()])
         self._values = np.empty((0, len(self.names)))
-        self._trials: list[int] = []
+        self.rows: list[Mapping[str, Any]] = []
 
     @property
     def trials(self) -> set[int]:
         """Their numbers."""
-        return set(self._trials)
+        return {row["trial"] for row in self.rows}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in a complete record."""
@@ -43,7 +44,7 @@ class Archive:
             return
         left = ~(values <= self._values).all(axis=1)
         self._values = np.vstack([self._values[left], values])
-        self._trials = [trial for trial, stays in zip(self._trials, left, strict=True) if stays] + [row["trial"]]
+        self.rows = [*itertools.compress(self.rows, left), row]
 
 
 class Keeper:
@@ -86,6 +87,11 @@ class Keeper:
     def total_bytes(self) -> int:
         """What the checkpoints of ended trials take on disk."""
         return sum(self._bytes.values())
+
+    @property
+    def front(self) -> list[Mapping[str, Any]]:
+        """Records on the front of the sweep's objectives, in the order in which they ended."""
+        return self._fronts[0].rows
 
     def ended(self, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """A trial has ended with these records: it may have pushed others off the front, or never been on it."""

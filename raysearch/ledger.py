@@ -22,8 +22,10 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
 from raysearch.choice import FRONTIER, choose, frontier_of
+from raysearch.errors import RecordError
 from raysearch.frontier import QUALITIES, Tried
 from raysearch.limits import limits_of
 from raysearch.proposals import Cost, beside, cardinality, cheapest, configurations, cost_of, uniform_proposals
@@ -106,12 +108,17 @@ class Ledger:
             StudyDirection.MAXIMIZE if direction == "max" else StudyDirection.MINIMIZE
             for direction in self.sweep.objectives.values()
         ]
-        self._disk = optuna.create_study(
-            storage=f"sqlite:///{folder.study.resolve()}",
-            study_name=STUDY,
-            directions=directions,
-            load_if_exists=True,
-        )
+        try:
+            self._disk = optuna.create_study(
+                storage=f"sqlite:///{folder.study.resolve()}",
+                study_name=STUDY,
+                directions=directions,
+                load_if_exists=True,
+            )
+        except DatabaseError as error:
+            raise RecordError(
+                f"cannot read {folder.study}: {error.orig}; bring back the study of this sweep"
+            ) from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._disk.set_metric_names(list(self.sweep.objectives))
@@ -291,8 +298,7 @@ class Ledger:
 
     def _sampled(self) -> Proposal | None:
         number = self.started
-        twins = self._memory.get_trials(deepcopy=False)
-        finished = sum(twins[twin].state.is_finished() for twin in self._twin.values())
+        finished = self.started - len(self._running)
         sampler = make_sampler(self.choice.sampler, self.sweep.seed * 100_003 + number, min(10, max(2, finished)))
         self._memory.sampler = sampler
         wanted: dict[str, Any] = {}

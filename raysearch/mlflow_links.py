@@ -83,10 +83,10 @@ class Progress:
 
     @classmethod
     def load(cls, run: Path) -> Self:
-        """What is in the file, or nothing at all when there is no file."""
+        """What is in the file; nothing without a file, or with a damaged one: MLflow itself is asked then."""
         try:
             found: dict[str, Any] = json.loads((Path(run) / PROGRESS).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, RecursionError):
             return cls()
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
 

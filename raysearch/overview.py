@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.pareto import bounded
-from raysearch.records import read_lines
+from raysearch.records import read_trials
 from raysearch.result import Result
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def overview(path: Path, *, busy: bool) -> str:
     counts = Counter(ended.values())
     trials = result.description["trials"]
     running: dict[int, dict[str, Any]] = {}
-    for line in read_lines(result.folder.epochs):
+    for line in read_trials(result.folder.epochs):
         if line["trial"] not in ended:
             running[line["trial"]] = line
     paused = {trial for trial, line in running.items() if not line.get("rung", {}).get("goes_on", True)}

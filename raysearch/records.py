@@ -104,7 +104,7 @@ class RunFolder:
             tree = json.loads(self.sweep.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecordError(f"{self.path} is no run folder: it has no sweep.json") from None
-        except (OSError, ValueError) as error:  # not JSON, or not even text
+        except (OSError, ValueError, RecursionError) as error:  # not JSON, not even text, or nested without end
             raise RecordError(f"cannot read {self.sweep}: {error}") from error
         if not isinstance(tree, dict):
             raise RecordError(f"cannot read {self.sweep}: it holds {json.dumps(tree)[:40]} instead of a sweep")
@@ -114,8 +114,8 @@ class RunFolder:
 
     def read_records(self) -> list[dict[str, Any]]:
         """All records, in the order they were written, each with the test accuracy that was measured for it."""
-        tests = {(t["trial"], t["point"]): t for t in read_lines(self.tests)}
-        rows = list(read_lines(self.records))
+        tests = {(t["trial"], t["point"]): t for t in read_trials(self.tests)}
+        rows = list(read_trials(self.records))
         for row in rows:
             measured = tests.get((row["trial"], row.get("point")), {})
             row |= {name: measured[name] for name in TESTED if name in measured}
@@ -143,11 +143,24 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 row = json.loads(line)
-            except ValueError as error:  # not JSON, or not even text
+            except (ValueError, RecursionError) as error:  # not JSON, not even text, or nested without end
                 raise RecordError(f"{path}, line {number} is damaged: {error}") from error
             if not isinstance(row, dict):
                 raise RecordError(f"{path}, line {number} is damaged: it is no object")
             yield row
+
+
+def read_trials(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a log about trials.
+
+    Raises:
+        RecordError: a complete line that is no JSON object with the number of a trial, which names a folder.
+    """
+    for number, row in enumerate(read_lines(path), start=1):
+        trial = row.get("trial")
+        if isinstance(trial, bool) or not isinstance(trial, int) or trial < 0:
+            raise RecordError(f"{path}, line {number} is damaged: its trial is {json.dumps(trial)[:40]}, not a number")
+        yield row
 
 
 class Log:
@@ -175,7 +188,7 @@ class Log:
 
 def complete_trials(path: Path) -> list[dict[str, Any]]:
     """The records of a run, after those of its last trial are cut off if a writer was killed between its points."""
-    rows = list(read_lines(path))
+    rows = list(read_trials(path))
     last = [row for row in rows if row["trial"] == rows[-1]["trial"]]
     if not rows or len(last) >= last[-1].get("points", 1):
         return rows

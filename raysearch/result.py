@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import RecordError
-from raysearch.records import TESTED, Log, RunFolder, read_lines
+from raysearch.records import TESTED, Log, RunFolder, read_trials
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ class Result:
             RecordError: the point's checkpoint is gone.
         """
         trial, point = int(row["trial"]), str(row["point"])
-        for known in read_lines(self.folder.tests):
+        for known in read_trials(self.folder.tests):
             if (known["trial"], known["point"]) == (trial, point):
                 return {name: known[name] for name in TESTED if name in known}
         session = _session(self, trial, point)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -120,6 +121,22 @@ class RungScheduler(FIFOScheduler):
         """CONTINUE or STOP, which ends the slot's step and not its process."""
         goes_on = self._searcher.goes_on(trial.trial_id, result)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+class Forget(Callback):
+    """Lets Tune forget trials that have ended.
+
+    Tune keeps every trial, and looks at all of them several times a step: a sweep would get slower and larger with each
+    trial. One that has ended stays, because Tune looks for a state on disk when it has none.
+    """
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """`trials` is Tune's own list."""
+        ended = [trial for trial in trials if trial.is_finished()]
+        if len(ended) > 1:
+            trials[:] = [trial for trial in trials if not trial.is_finished()] + ended[-1:]
+            for trial in ended[:-1]:
+                trial.config = trial.evaluated_params = {}  # a set of the ended ones stays behind
 
 
 def _message(result: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from raysearch.book import Book
 from raysearch.ledger import STUDY, Ledger, Proposal
 from raysearch.proposals import Cost
 from raysearch.records import RunFolder, read_lines
+from raysearch.result import load
 from raysearch.worker import Message
 from tests.raysearch.builders import (
     BEGAN_AT,
@@ -288,7 +289,7 @@ def test_what_can_be_picked_under_a_limit_that_was_not_searched_for_keeps_its_ch
     folder, resolved = make_run(tmp_path / "a-run", sweep)
     book = open_book(folder, resolved)
     drive(book, trial=lambda proposal: keeps_checkpoint(folder, proposal))
-    searched, sizes = book.front(), sorted({row["size_bytes"] for row in book.rows})
+    searched, sizes = load(folder.path).front(), sorted({row["size_bytes"] for row in book.rows})
     picked = {int(searched.pick(max_size_bytes=size)["trial"]) for size in sizes}
     assert not picked <= set(searched.to_pandas()["trial"])
     assert picked <= checkpoints(folder)

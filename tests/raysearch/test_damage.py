@@ -1,0 +1,106 @@
+"""A run folder that was damaged by hand, or comes from elsewhere: one clear error, or it heals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysearch.errors import RecordError
+from raysearch.mlflow_links import PROGRESS, Progress
+from raysearch.overview import overview
+from raysearch.records import RunFolder
+from raysearch.result import load
+from raysearch.sweep import resolve
+from tests.raysearch.builders import SMALL, drive, finished_run, make_run, open_book, small_sweep
+
+SECRET = "hunter2secret"
+
+
+def reopened(folder: RunFolder) -> None:
+    """Open the folder as `resume` does."""
+    open_book(folder, resolve(small_sweep())).close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"\xff\xfe",
+        b"[1]",
+        b"[" * 200_000,
+        b'{"trial": "../../elsewhere"}',
+        b'{"trial": -1}',
+        b'{"trial": true}',
+        b"{}",
+    ],
+    ids=["half", "no text", "no object", "nested without end", "a path", "negative", "no number", "empty"],
+)
+@pytest.mark.parametrize("log", ["records", "epochs"])
+def test_a_damaged_line_is_named(tmp_path: Path, log: str, line: bytes) -> None:
+    folder = finished_run(tmp_path / "run", small_sweep(trials=2))
+    path = getattr(folder, log)
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    for read in (reopened, lambda folder: overview(folder.path, busy=False)):
+        with pytest.raises(RecordError, match=rf"{log}\.jsonl, line 1 is damaged"):
+            read(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, "{}"])
+def test_a_damaged_question_is_named(tmp_path: Path, text: str) -> None:
+    folder = finished_run(tmp_path / "run", small_sweep(trials=2))
+    folder.sweep.write_text(text)
+    with pytest.raises(RecordError, match=r"sweep\.json"):
+        load(folder.path)
+
+
+def test_torn_ends_are_cut_off_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    folder, resolved = make_run(tmp_path / "run")
+    book = open_book(folder, resolved)
+    drive(book, limit=3)
+    book.close()
+    for path in (folder.records, folder.epochs):
+        path.write_bytes(path.read_bytes() + b'{"trial": 3, "ep')
+    again = open_book(folder, resolved)
+    drive(again)
+    again.close()
+    assert sorted(row["trial"] for row in folder.read_records()) == list(range(12))
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, None], ids=["damaged", "deleted"])
+def test_a_lost_study_is_one_clear_error(tmp_path: Path, content: bytes | None) -> None:
+    folder = finished_run(tmp_path / "run", small_sweep(trials=3))
+    folder.study.unlink()
+    if content is not None:
+        folder.study.write_bytes(content)
+    with pytest.raises(RecordError, match="bring back the study of this sweep"):
+        reopened(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 200_000])
+def test_a_damaged_state_of_the_mirror_heals(tmp_path: Path, text: str) -> None:
+    (tmp_path / PROGRESS).write_text(text)
+    assert Progress.load(tmp_path) == Progress()
+
+
+def test_credentials_of_the_mlflow_address_reach_no_file_and_no_output(tmp_path: Path) -> None:
+    """A whole sweep against a server that is not there."""
+    out = tmp_path / "run"
+    sets = [word for address, value in SMALL.items() for word in ("--set", f"{address}={json.dumps(value)}")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "raysearch.cli", "sweep", "--trials", "2", "--epochs", "1", "--space", "uniform"),
+            *("--out", str(out), "--mlflow-uri", f"http://ann:{SECRET}@127.0.0.1:9/?token={SECRET}", *sets),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
