@@ -36,9 +36,12 @@ def redact(text: str) -> str:
 
     >>> redact("cannot reach http://ann:s3cret@host:5000/ml?token=abc")
     'cannot reach http://***@host:5000/ml?***'
+    >>> redact("(host='host'): url: /ml?token=abc/api (refused)")
+    "(host='host'): url: /ml?*** (refused)"
     """
     text = re.sub(r"(?<=://)[^\s/]*@", "***@", text)
-    return re.sub(r"(://[^\s?]*)\?[^\s'\")]+", r"\1?***", text)
+    # A query loses its address in some messages: "url: /ml?token=abc".
+    return re.sub(r"((?:://|/)[^\s?]*)\?[^\s'\")]+", r"\1?***", text)
 
 
 def public(uri: str) -> str:
