@@ -110,6 +110,7 @@ class RunFolder:
             raise RecordError(f"cannot read {self.sweep}: it holds {json.dumps(tree)[:40]} instead of a sweep")
         if tree.get("schema") != SCHEMA:
             raise RecordError(f"{self.sweep} has schema {tree.get('schema')!r}; this version reads {SCHEMA}")
+        self._refuse_code(tree.get("sweep"))
         return tree
 
     def read_records(self) -> list[dict[str, Any]]:
@@ -117,9 +118,30 @@ class RunFolder:
         tests = {(t["trial"], t["point"]): t for t in read_trials(self.tests)}
         rows = list(read_trials(self.records))
         for row in rows:
+            self._refuse_code(
+                [part.get("name") for part in (row.get("config") or {}).values() if isinstance(part, dict)]
+            )
             measured = tests.get((row["trial"], row.get("point")), {})
             row |= {name: measured[name] for name in TESTED if name in measured}
         return rows
+
+    def _refuse_code(self, tree: Any) -> None:
+        """A run folder may come from elsewhere, so no code that came with it is ever run: plug-ins lie outside.
+
+        Raises:
+            RecordError: a name in the tree is the path of a Python file in this folder, or relative to who knows where.
+        """
+        if isinstance(tree, str):
+            path = Path(tree.rpartition(":")[0] if ".py:" in tree else tree)
+            inside = path.is_absolute() and path.resolve().is_relative_to(self.path.resolve())
+            if path.suffix == ".py" and (inside or not path.is_absolute()):
+                raise RecordError(
+                    f"{self.path} names code that may have come with it, {tree}, which is never run: if you trust it, "
+                    "move it out of the folder and name it by its absolute path"
+                )
+        elif isinstance(tree, dict | list):
+            for part in tree.values() if isinstance(tree, dict) else tree:
+                self._refuse_code(part)
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -56,6 +56,18 @@ def test_a_damaged_question_is_named(tmp_path: Path, text: str) -> None:
         load(folder.path)
 
 
+@pytest.mark.parametrize("place", ["run/net.py:build", "net.py"], ids=["inside", "relative"])
+@pytest.mark.parametrize("book", ["sweep", "records"])
+def test_code_that_came_with_a_folder_is_never_run(tmp_path: Path, place: str, book: str) -> None:
+    folder = finished_run(tmp_path / "run", small_sweep(trials=2))
+    (folder.path / "net.py").write_text("raise SystemExit('run')\n")
+    name = str(tmp_path / place) if "/" in place else place
+    path = getattr(folder, book)
+    path.write_text(path.read_text().replace('"lenet5"', json.dumps(name)))
+    with pytest.raises(RecordError, match="names code that may have come with it"):
+        load(folder.path).records()
+
+
 def test_torn_ends_are_cut_off_and_the_sweep_goes_on(tmp_path: Path) -> None:
     folder, resolved = make_run(tmp_path / "run")
     book = open_book(folder, resolved)
