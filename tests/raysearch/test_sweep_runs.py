@@ -104,7 +104,10 @@ def test_parquet_holds_the_records(inline: Result) -> None:
 
 
 def test_what_ray_itself_wrote_is_gone(inline: Result, trained: Result) -> None:
-    kept = {"sweep.json", "records.jsonl", "epochs.jsonl", "study.db", "trials", "starts", ".lock"} | {"end.json", "seeds.json"}
+    kept = {"sweep.json", "records.jsonl", "epochs.jsonl", "study.db", "trials", "starts", ".lock"} | {
+        "end.json",
+        "seeds.json",
+    }
     mirrored = {"mlflow.db", "mlflow.json", "mlflow.log", "mlartifacts", ".mlflow.lock"}
     parquet = {"records.parquet"}
     for result in (inline, trained):
