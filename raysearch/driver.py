@@ -8,6 +8,7 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 """
 
 import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -235,6 +236,7 @@ def _groups(folder: RunFolder, sweep: Sweep, capacity: Capacity) -> Iterator[lis
     if not _uses_group(sweep, capacity.gpus) or folder.end.exists():
         yield []
         return
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(sweep.hang_timeout)
     scratch = _scratch(folder)
     shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was interrupted
     names = [f"raysearch-{time.time_ns()}-{index}" for index in range(capacity.concurrent)]
@@ -263,7 +265,7 @@ def _tune(
 
     from raysearch.group import drop_job
     from raysearch.searcher import Forget, LedgerSearcher, RungScheduler
-    from raysearch.slots import GroupSlot, InlineSlot
+    from raysearch.slots import GroupSlot, InlineSlot, Watchdog
     from raysearch.worker import make_job
     from trainables.measures import travelling
 
@@ -310,8 +312,8 @@ def _tune(
             name="tune",
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[Forget()],
             failure_config=tune.FailureConfig(max_failures=PROCESS_RETRIES),
+            callbacks=[Forget(), Watchdog(sweep.hang_timeout)],
             # Trials keep their own checkpoints (trainables.checkpoint); Tune's would be pickles.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),

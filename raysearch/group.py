@@ -27,6 +27,8 @@ from raysearch.worker import Job, Message
 
 ATTEMPTS = 3
 WAIT_S = 20.0
+BEAT_S = 5.0
+"""Whoever waits for a message hears after so many seconds that there is none yet."""
 TOGETHER_S = 3.0
 """How long a rank that raised waits for the others to raise too."""
 COLLECTIVE_TIMEOUT_S = 1800
@@ -145,7 +147,7 @@ class Mailbox:
             self._asked = max(self._asked, index)
             self._changed.notify_all()
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: len(self._messages) > index), WAIT_S)
+                await asyncio.wait_for(self._changed.wait_for(lambda: len(self._messages) > index), BEAT_S)
             except TimeoutError:
                 return None
             return self._messages[index]
@@ -306,10 +308,10 @@ class Desk:
         ray.get(self._mailbox.post.remote(job))
         self._read = 0
 
-    def next_message(self) -> Message:
-        """Wait for the next message of the current job."""
-        while True:
-            message: Any = ray.get(self._mailbox.message.remote(self._read))
-            if message is not None:
-                self._read += 1
-                return dict(message)
+    def next_message(self) -> Message | None:
+        """The next message of the current job; None when it did not come for a while."""
+        message: Any = ray.get(self._mailbox.message.remote(self._read))
+        if message is None:
+            return None
+        self._read += 1
+        return dict(message)

@@ -14,6 +14,7 @@ import numpy as np
 from analysis.rows import OBJECTIVES
 from raysearch.records import RunFolder
 from trainables import checkpoint
+from trainables.storage import patiently
 
 PICKED = ("accuracy", "bops", "size_bytes")
 """What picking prefers, the first two, and what it may limit besides; relative BOPs go with BOPs."""
@@ -124,7 +125,8 @@ class Keeper:
         return set().union(*(front.trials for front in self._fronts))
 
     def _drop(self, trial: int) -> None:
-        checkpoint.remove(self._path(trial))
+        path = self._path(trial)
+        patiently(lambda: checkpoint.remove(path), path)
         del self._bytes[trial]
 
     def _path(self, trial: int) -> Path:

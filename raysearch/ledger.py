@@ -13,8 +13,9 @@ import random
 import time
 import warnings
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -35,6 +36,7 @@ from raysearch.seeds import Seeds
 from raysearch.sweep import Resolved
 from trainables.config import merged
 from trainables.errors import ConfigError
+from trainables.storage import patiently
 
 STUDY = "sweep"
 ATTEMPTS = 20
@@ -108,9 +110,10 @@ class Ledger:
             StudyDirection.MAXIMIZE if direction == "max" else StudyDirection.MINIMIZE
             for direction in self.sweep.objectives.values()
         ]
+        self._file = folder.study.resolve()
         try:
             self._disk = optuna.create_study(
-                storage=f"sqlite:///{folder.study.resolve()}",
+                storage=f"sqlite:///{self._file}",
                 study_name=STUDY,
                 directions=directions,
                 load_if_exists=True,
@@ -198,17 +201,19 @@ class Ledger:
         if self._storage.get_trial(trial_id).state.is_finished():
             return
         if reason:
-            self._storage.set_trial_user_attr(trial_id, "reason", reason[:2000])
+            self._write(lambda: self._storage.set_trial_user_attr(trial_id, "reason", reason[:2000]))
         values, others = (list(points[0]), points[1:]) if state == TrialState.COMPLETE else (None, ())
         if others:
-            self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others))
-            self._storage.set_trial_user_attr(trial_id, OTHER_EXCESSES, [dict(each) for each in excesses[1:]])
+            self._write(lambda: self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others)))
+            missed = [dict(each) for each in excesses[1:]]
+            self._write(lambda: self._storage.set_trial_user_attr(trial_id, OTHER_EXCESSES, missed))
         twin = self._memory.get_trials(deepcopy=False)[self._twin[number]]
         for name, excess in (excesses[0] if excesses else {}).items():
-            self._storage.set_trial_system_attr(trial_id, f"{CONSTRAINTS}:{name}", excess)
+            key = f"{CONSTRAINTS}:{name}"
+            self._write(partial(self._storage.set_trial_system_attr, trial_id, key, excess))
             if not twin.state.is_finished():
-                self._memory._storage.set_trial_system_attr(twin._trial_id, f"{CONSTRAINTS}:{name}", excess)
-        self._disk.tell(number, values, state=state)
+                self._memory._storage.set_trial_system_attr(twin._trial_id, key, excess)
+        self._write(lambda: self._disk.tell(number, values, state=state))
         if number in self._running:
             self._learn_end(number, time.time(), self._running.pop(number), state, values)
         # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
@@ -274,6 +279,9 @@ class Ledger:
     def running(self) -> list[int]:
         """Numbers of trials without an end."""
         return [t.number for t in self._disk.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        patiently(write, self._file)
 
     @property
     def _storage(self) -> Any:
@@ -371,8 +379,8 @@ class Ledger:
             user_attrs={"source": source, "repaired": repaired, **asdict(cost)},
             system_attrs=twin.system_attrs,
         )
-        self._storage.create_new_trial(self._disk._study_id, template_trial=template)
-        _copy_qmc_position(self._memory, self._disk)
+        self._write(lambda: self._storage.create_new_trial(self._disk._study_id, template_trial=template))
+        self._write(lambda: _copy_qmc_position(self._memory, self._disk))
         number = self.started
         self._twin[number] = trial.number
         self._seen[cost.digest] = number

@@ -15,6 +15,7 @@ A line counts when it ends in a newline. A process may be killed while it writes
 off before the next line is written.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from raysearch.errors import RecordError
+from trainables.storage import patiently
 
 SCHEMA = 1
 TESTED = ("test_accuracy", "test_images", "validation_images")
@@ -147,8 +149,12 @@ class RunFolder:
 def write_json(path: Path, tree: Any) -> None:
     """Write a JSON file in one atomic step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+
+    def write() -> None:
+        temporary.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    patiently(write, path)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -190,22 +196,36 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         """Open for appending; a torn last line, left by a killed writer, is cut off."""
-        self._file = path.open("ab")
-        with path.open("rb+") as file:
-            end = _end_of_last_line(file)
-            if end < file.seek(0, os.SEEK_END):
-                file.truncate(end)
+        self._path = path
+        self._file = patiently(lambda: path.open("ab", buffering=0), path)
+        with path.open("rb") as file:
+            self._end = _end_of_last_line(file)
+        patiently(self._cut, path)
 
     def append(self, *rows: dict[str, Any], durable: bool = False) -> None:
-        """Write a line for each row with a single system call; `durable` waits until they are on the disk."""
-        self._file.write(b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
+        """Write a line for each row with a single system call; `durable` waits until they are on the disk.
+
+        Where the storage refuses, what it took of the lines is cut off again, and they are written when it takes them.
+        """
+        data = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
+        patiently(lambda: self._write(data, durable), self._path)
+        self._end += len(data)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _write(self, data: bytes, durable: bool) -> None:
+        self._cut()  # what an attempt that failed has left
+        if self._file.write(data) < len(data):
+            self._cut()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def _cut(self) -> None:
+        if os.fstat(self._file.fileno()).st_size > self._end:
+            os.ftruncate(self._file.fileno(), self._end)
 
 
 def complete_trials(path: Path) -> list[dict[str, Any]]:

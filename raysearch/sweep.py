@@ -95,6 +95,7 @@ class Sweep:
     cpus_per_worker: Annotated[int, "CPU cores of a worker"] = 1
     gpus_per_worker: Annotated[float | None, "GPUs of a worker, also a share; default: 1 if there are any"] = None
     train: Annotated[bool, "use a Ray Train worker group also for one CPU worker"] = False
+    hang_timeout: Annotated[float, "seconds without a sign of life after which a process is replaced"] = 900.0
     sampler: Annotated[str, "who proposes: auto, frontier, tpe, nsga2, nsga3, gp, random, qmc"] = "auto"
     stopper: Annotated[str, "who stops trials early: auto, none, mo_asha, front"] = "auto"
     grace_epochs: Annotated[int, "epochs before a trial may be stopped"] = 1
@@ -318,6 +319,9 @@ def check_values(sweep: Sweep) -> None:
         value = getattr(sweep, name)
         if isinstance(value, bool) or not (isinstance(value, int | float | None) and 0 <= (value or 0) <= top):
             faults.append(f"{name} = {value!r}: {words}")
+    limit = sweep.hang_timeout
+    if isinstance(limit, bool) or not (isinstance(limit, int | float) and 15 <= limit <= sys.float_info.max):
+        faults.append(f"hang_timeout = {limit!r}: a number of seconds >= 15, three signs of life")
     if sweep.sampler not in SAMPLERS:
         hint = nearest(sweep.sampler, list(SAMPLERS)) or f"; one of {', '.join(SAMPLERS)}"
         faults.append(f"unknown sampler {sweep.sampler!r}{hint}")

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainables.storage import patiently
+
 atexit.register(gc.unfreeze)  # extension modules count what is left when Python ends
 
 Job = dict[str, Any]
@@ -72,7 +74,8 @@ def messages(job: Job) -> Iterator[Message]:
     began_at = time.time()
     root = None if job["data_root"] is None else Path(job["data_root"])
     folder = Path(job["folder"])
-    (folder / ERROR).unlink(missing_ok=True)  # of an attempt whose worker died
+    if (folder / ERROR).exists():  # of an attempt whose worker died
+        patiently(lambda: (folder / ERROR).unlink(missing_ok=True), folder / ERROR)
     try:
         config = parse(job["tree"])
         load_data(config, root)  # while another slot may still train the float start
@@ -87,9 +90,14 @@ def messages(job: Job) -> Iterator[Message]:
                 "reported_at": time.time(),
             }
     except Exception as error:  # a trial may fail in any way; it is recorded, and the sweep goes on
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+        text = traceback.format_exc()
+        patiently(lambda: _write(folder / ERROR, text), folder / ERROR)
         yield {"failed": f"{type(error).__name__}: {error}", "done": True, "began_at": began_at}
     finally:
         gc.collect()
         gc.freeze()  # what is left belongs to the process; the next collection need not look at it
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

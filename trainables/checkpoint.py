@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainables.errors import ConfigError
+from trainables.storage import patiently
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +118,16 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep
         state: anything JSON can hold.
         keep: leave the file that is replaced under its second name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"state": json.dumps(state), "sha256": NO_DIGEST}
     data = bytearray(safetensors.torch.save(tensors, metadata=metadata))
     place = data.index(f'"sha256":"{NO_DIGEST}"'.encode()) + len('"sha256":"')
     data[place : place + len(NO_DIGEST)] = hashlib.sha256(data).hexdigest().encode()
+    patiently(lambda: _write(path, data, keep), path)
+
+
+def _write(path: Path, data: bytearray, keep: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -4,6 +4,7 @@ ConfigError(ValueError)    a value, an address or a combination of settings
 PluginError(ImportError)   an unknown method, model, data set or search space, or one that does not load
 DataError(ValueError)      a data set that is missing, corrupt or of another shape than expected
 DivergedError(ArithmeticError)  a training whose loss is no longer finite: the trial failed, nothing else did
+StorageError(OSError)      storage that has refused to be written for too long
 """
 
 
@@ -21,3 +22,7 @@ class DataError(ValueError):
 
 class DivergedError(ArithmeticError):
     """A training whose loss is no longer finite."""
+
+
+class StorageError(OSError):
+    """Storage that has refused to be written for too long."""

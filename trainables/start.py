@@ -17,6 +17,7 @@ from trainables import checkpoint, world
 from trainables.config import Optimizer, Plugin, Training, TrialConfig, digest
 from trainables.errors import ConfigError
 from trainables.fit import fit
+from trainables.storage import patiently
 
 POLL_S = 0.2
 
@@ -60,7 +61,7 @@ def float_start(
         return None
     wanted = start_config(config)
     path = folder / f"{digest(wanted, {})}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
+    patiently(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     lock = filelock.FileLock(path.with_suffix(".lock"))
     while not _ready(path):
         if not _acquired(lock):
@@ -79,7 +80,7 @@ def _train(config: TrialConfig, path: Path, data_root: Path | None, device: str)
     history = [report.to_json() for report in fit(config, data_root=data_root, folder=scratch, device=device)]
     if world.rank() == 0:
         checkpoint.copy_weights(scratch / checkpoint.FILE, path, history=history, config=config.tree())
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a storage that has just become read-only
     world.barrier()
 
 
@@ -93,7 +94,7 @@ def _acquired(lock: filelock.BaseFileLock) -> bool:
     got = False
     if world.rank() == 0:
         try:
-            lock.acquire(blocking=False)
+            patiently(lambda: lock.acquire(blocking=False), Path(lock.lock_file))
             got = True
         except filelock.Timeout:
             got = False
