@@ -8,6 +8,7 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from raysearch.ledger import Proposal
     from raysearch.result import Result
 
-PROCESS_RETRIES = 2
 MIRROR_WAIT_S = 60.0
 INTERRUPTED_WAIT_S = 5.0
 GROUP_WAIT_S = 30.0
@@ -312,11 +312,12 @@ def _tune(
             name="tune",
             storage_path=str(scratch),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=PROCESS_RETRIES),
+            failure_config=tune.FailureConfig(max_failures=0),  # a slot that died is the searcher's business
             callbacks=[Forget(), Watchdog(sweep.hang_timeout)],
             # Trials keep their own checkpoints (trainables.checkpoint); Tune's would be pickles.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints a page for each process that died
     tuner.fit()
     shutil.rmtree(scratch, ignore_errors=True)

@@ -1,9 +1,13 @@
 """The Tune searcher: asks the ledger, and passes what Tune hears on to the book.
 
+A trial whose slot died is proposed again, at the same place, where its worker group may still be at work on it. Tune's
+own retries would forget trials whose slot died while it changed from one trial to the next.
+
 Metric and mode are None, so Tune neither checks nor interprets results: the truth of a trial is in its messages.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +17,9 @@ from ray.tune.search import Searcher
 
 from raysearch.book import Book
 from raysearch.ledger import Ledger, Proposal
+
+PROCESS_RETRIES = 2
+"""How often a trial goes on after its slot has died."""
 
 
 class LedgerSearcher(Searcher):
@@ -40,6 +47,8 @@ class LedgerSearcher(Searcher):
         self._numbers: dict[str, int] = {}
         self._free = set(range(places))
         self._places: dict[str, int] = {}
+        self._deaths: Counter[int] = Counter()
+        self._kept: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts for a restore that is never asked for: everything is on disk."""
@@ -56,12 +65,14 @@ class LedgerSearcher(Searcher):
         """The next trial's slot config; None while it depends on trials in training whether there is one; FINISHED."""
         proposal = self._next()
         if proposal is None:
-            return None if self._book.live and self._book.stopper else Searcher.FINISHED
-        self._numbers[trial_id] = proposal.number
-        self._places[trial_id] = min(self._free)
-        self._free.remove(self._places[trial_id])
-        self._book.begin(proposal)
-        return self._tune_config(proposal, self._places[trial_id])
+            return None if self._numbers else Searcher.FINISHED
+        place = self._kept.pop(proposal.number, None)
+        if place is None:
+            place = min(self._free)
+            self._free.remove(place)
+            self._book.begin(proposal)
+        self._numbers[trial_id], self._places[trial_id] = proposal.number, place
+        return self._tune_config(proposal, place)
 
     def _next(self) -> Proposal | None:
         """What was interrupted, then a paused trial that is good enough by now, then a new one."""
@@ -82,11 +93,16 @@ class LedgerSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The end: Tune gives the last result, or says that the slot's process could not be kept alive."""
         number, place = self._numbers.pop(trial_id), self._places.pop(trial_id)
+        if error and self._deaths[number] < PROCESS_RETRIES:
+            self._deaths[number] += 1
+            self._kept[number] = place
+            self._ledger.interrupted.insert(0, self._book.live[number].proposal)
+            return
         self._free.add(place)
-        message = _message(result)
         if error:
             self._book.end(number, "failed", "its process died again and again; see the Ray logs")
             return
+        message = _message(result)
         if "report" in message:
             self._book.epoch(number, message)
         if "failed" in message:
