@@ -2,9 +2,11 @@
 
     python -m tests.kills.machines NODES
 
-It writes its address, and for each line `add` on its standard input adds a node; at the end of its input it ends.
+It writes its address, and for each line on its standard input, a JSON object of environment variables, it adds a node;
+at the end of its input it ends.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -41,10 +43,10 @@ class Machines:
                 return line.split()[1]
         raise AssertionError("the cluster did not start")
 
-    def add(self) -> None:
-        """One more node."""
+    def add(self, **environment: str) -> None:
+        """One more node, with an environment of its own."""
         assert self._process.stdin
-        print("add", file=self._process.stdin, flush=True)
+        print(json.dumps(environment), file=self._process.stdin, flush=True)
         self.raylets.append(int(self._answer()))
 
     def close(self) -> None:
@@ -59,16 +61,16 @@ def main(nodes: int) -> None:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 
-    def add() -> None:
-        node: Any = cluster.add_node(num_cpus=1)
+    def add(**environment: str) -> None:
+        node: Any = cluster.add_node(num_cpus=1, env_vars=environment)
         (raylet,) = node.all_processes["raylet"]
         print("machines", raylet.process.pid, flush=True)
 
     print("machines", cluster.address, flush=True)
     for _ in range(nodes):
         add()
-    for _ in sys.stdin:
-        add()
+    for line in sys.stdin:
+        add(**json.loads(line))
     cluster.shutdown()
 
 

@@ -42,14 +42,11 @@ class Events:
 
     def wait_for(self, moment: str) -> None:
         """Come back at a moment of `MOMENTS`."""
-        if moment == "start":
-            while not (self.run / "sweep.json").exists():
-                self._alive()
-                time.sleep(0.002)
-            return
-        while not self.run.exists():
+        while not (self.run / "sweep.json").exists():
             self._alive()
-            time.sleep(0.01)
+            time.sleep(0.002)
+        if moment == "start":
+            return
         self._watch(self.run)
         for folder, name, created in self._stream():
             if moment == "checkpoint" and created and name.startswith(".checkpoint") and folder.name == "00001":
