@@ -14,7 +14,6 @@ import numpy as np
 from analysis.rows import OBJECTIVES
 from raysearch.records import RunFolder
 from trainables import checkpoint
-from trainables.storage import patiently
 
 PICKED = ("accuracy", "bops", "size_bytes")
 """What picking prefers, the first two, and what it may limit besides; relative BOPs go with BOPs."""
@@ -125,8 +124,7 @@ class Keeper:
         return set().union(*(front.trials for front in self._fronts))
 
     def _drop(self, trial: int) -> None:
-        path = self._path(trial)
-        patiently(lambda: checkpoint.remove(path), path)
+        checkpoint.remove(self._path(trial))
         del self._bytes[trial]
 
     def _path(self, trial: int) -> Path:

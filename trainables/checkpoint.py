@@ -64,13 +64,18 @@ def _keep(path: Path) -> None:
 
 def settle(path: Path) -> None:
     """Drop the checkpoint before the newest: the trial is over."""
-    previous(path).unlink(missing_ok=True)
+    _unlink(previous(path))
 
 
 def remove(path: Path) -> None:
     """Drop a checkpoint and the one before it."""
-    path.unlink(missing_ok=True)
+    _unlink(path)
     settle(path)
+
+
+def _unlink(path: Path) -> None:
+    if path.exists():
+        patiently(lambda: path.unlink(missing_ok=True), path)
 
 
 def previous(path: Path) -> Path:
