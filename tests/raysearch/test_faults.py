@@ -23,6 +23,7 @@ from raysearch.book import Book, Live
 from raysearch.driver import Watcher
 from raysearch.result import Result
 from raysearch.sweep import Sweep
+from tests.kills.victims import find, processes
 from tests.raysearch.cluster import ROOT, check_books, cluster, command, epochs_of, lines, numbers
 from tests.raysearch.fragile import DIARY, read_diary
 
@@ -142,8 +143,7 @@ def controller_killed(ask: Callable[..., Run]) -> Run:
     """Ray Train's controller is killed in the trial of 2 bits."""
 
     def controller(live: Live) -> int:
-        (found,) = subprocess.run(["pgrep", "-f", "^ray::.*TrainController"], capture_output=True).stdout.split()
-        return int(found)
+        return find("controller", os.getsid(0), lambda: None)[0]
 
     return ask(question(3, {}, workers=2), {1: controller})
 
@@ -295,20 +295,6 @@ def start(*arguments: str, **streams: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, start_new_session=True, cwd=ROOT, **streams)
 
 
-def processes(session: int) -> dict[int, str]:
-    """Processes of a session that are not over: pid -> command line."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:
-            continue
-        if int(stat[3]) == session and stat[0] != "Z":
-            found[int(folder.name)] = line
-    return found
-
-
 def wait_until(true: Callable[[], Any], process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + PATIENCE_S
     while not true():
@@ -396,6 +382,7 @@ def test_ctrl_c_ends_a_sweep_soon_and_says_how_to_go_on(life: Life) -> None:
 def test_only_our_own_lines_are_on_the_terminal_and_data_alone_on_stdout(life: Life) -> None:
     ours = rf"""{re.escape(str(life.result.path))}: {TRIALS} trials of .* \(2 parameters\)
 |sampler frontier: 2 bit parameters, .*
+|stopper none: .*
 |trial \d+ (complete: accuracy .*|failed: ValueError: no 3 bits today .*|failed: DivergedError: loss is nan .*)
 |interrupted; everything is kept\. .*
 |"""
