@@ -2,7 +2,7 @@
 
     python -m tests.cluster.ray_up
 
-The configuration is the shipped `cluster-on-premise.yaml` with addresses, key and folders of this test; the commands
+The configuration is the last section of the shipped `cluster.yaml` with addresses, key and folders of this test; the commands
 are those of the README. One worker host loses its power in the middle of the sweep and comes back; the sweep must end
 with the front of an undisturbed one, and the cluster with all its nodes. Prints a transcript.
 """
@@ -21,11 +21,12 @@ from typing import Any
 import yaml
 
 from raysearch.result import Result
+from tests.cluster import on_premise
 from tests.cluster.hosts import Hosts, missing
 from tests.kills.cells import outcome
 from tests.raysearch.cluster import ROOT, check_books, lines
 
-SHIPPED = ROOT / "cluster-on-premise.yaml"
+SHIPPED = on_premise((ROOT / "cluster.yaml").read_text())
 TRIALS = 6
 SWEEP = ["--space", "uniform", "--trials", str(TRIALS), "--epochs", "4", "--set", "training/batch_size=8"]
 SWEEP += ["--set", "start/epochs=1", "--set", "data/train_limit=1000", "--set", "optimizer/lr=0.005"]
@@ -65,7 +66,7 @@ class Scenario:
 
     def _config(self) -> dict[str, Any]:
         """The shipped configuration with what a person has to edit."""
-        text = SHIPPED.read_text().replace("/shared", str(self.shared)).replace("/home/ubuntu", str(Path.home()))
+        text = SHIPPED.replace("/shared", str(self.shared)).replace("/home/ubuntu", str(Path.home()))
         config: dict[str, Any] = yaml.safe_load(text)
         head, *workers = self.hosts.addresses
         config["cluster_name"] = f"raysearch-{os.getpid()}"
