@@ -2,9 +2,9 @@
 
     python -m tests.cluster.ray_up
 
-The configuration is the last section of the shipped `cluster.yaml` with addresses, key and folders of this test; the commands
-are those of the README. One worker host loses its power in the middle of the sweep and comes back; the sweep must end
-with the front of an undisturbed one, and the cluster with all its nodes. Prints a transcript.
+The configuration is the last section of the shipped `cluster.yaml` with addresses, key and folders of this test; the
+commands are those of the README. One worker host loses its power in the middle of the sweep and comes back; the sweep
+must end with the front of an undisturbed one, and the cluster with all its nodes. Prints a transcript.
 """
 
 import json
