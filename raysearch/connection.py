@@ -117,8 +117,6 @@ def _join(address: str, sweep: Sweep) -> None:
     from ray.exceptions import RayError
 
     _want_token()
-    # Ray would say once a second that the token is wrong; it is told once, below.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     host, _, port = address.rpartition(":")
     try:
         if host and port.isdigit():

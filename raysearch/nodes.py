@@ -62,7 +62,7 @@ def survey(sweep: Sweep, folder: Path, data_root: Path | None, shipped: bool) ->
     """
     answers = _ask_all(folder, data_root)
     _check(answers, folder, data_root, shipped)
-    return capacity_of(sweep, _kinds([answer["autoscaler"] for answer in answers.values()]))
+    return capacity_of(sweep, _kinds([answer["autoscaler"] for _, answer in answers]))
 
 
 def capacity_of(sweep: Sweep, kinds: Sequence[Kind]) -> Capacity:
@@ -105,8 +105,8 @@ def _kinds(autoscalers: Sequence[dict[str, Any] | None]) -> list[Kind]:
     return [Kind(*size, count) for size, count in counts.items()]
 
 
-def _ask_all(folder: Path, data_root: Path | None) -> dict[str, Answer]:
-    """Address of a node -> its answer."""
+def _ask_all(folder: Path, data_root: Path | None) -> list[tuple[str, Answer]]:
+    """Address and answer of each node; one machine may have several nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -114,13 +114,14 @@ def _ask_all(folder: Path, data_root: Path | None) -> dict[str, Answer]:
     parent = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
     question = _question()
     task = ray.remote(question)
-    asked, answers = {}, {}
+    asked: dict[Any, str] = {}
+    answers: list[tuple[str, Answer]] = []
     with tempfile.NamedTemporaryFile(dir=parent, prefix=".raysearch-") as probe:
         given = (probe.name, data_root and str(data_root), COMPARED, context.gcs_address)
         for node in (node for node in ray.nodes() if node["Alive"]):
             address = node["NodeManagerAddress"]
             if node["NodeID"] == context.get_node_id():
-                answers[address] = question(*given)
+                answers.append((address, question(*given)))
                 continue
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*given)] = address
@@ -130,7 +131,7 @@ def _ask_all(folder: Path, data_root: Path | None) -> dict[str, Answer]:
             raise SweepError(f"node {where} did not answer within {ANSWER_S:g} s: see `ray status`, or remove the node")
         for each in answered:
             try:
-                answers[asked[each]] = ray.get(each)
+                answers.append((asked[each], ray.get(each)))
             except ray.exceptions.RayError as error:
                 why = " ".join(str(error).split())
                 raise SweepError(f"node {asked[each]} cannot run a task: {why}") from error
@@ -179,11 +180,11 @@ def _question() -> Any:
     return answer
 
 
-def _check(answers: dict[str, Answer], folder: Path, data_root: Path | None, shipped: bool) -> None:
+def _check(answers: Sequence[tuple[str, Answer]], folder: Path, data_root: Path | None, shipped: bool) -> None:
     """Every node must see and write the run folder, see the data, and have the driver's versions."""
     mine = facts.versions()
     faults = []
-    for address, answer in answers.items():
+    for address, answer in answers:
         if not answer["folder"]:
             faults.append(
                 f"node {address} does not see {folder} or cannot write it: take an --out that all nodes share"

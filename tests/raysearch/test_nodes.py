@@ -80,7 +80,7 @@ def ask(folder: Path, data_root: Path | None) -> dict[str, Any]:
 
 
 def test_a_machine_that_sees_everything_and_has_the_versions_is_fit(tmp_path: Path) -> None:
-    _check({"10.0.0.2": ask(tmp_path, tmp_path)}, tmp_path, tmp_path, shipped=True)
+    _check([("10.0.0.2", ask(tmp_path, tmp_path))], tmp_path, tmp_path, shipped=True)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_a_machine_that_cannot_train_is_an_error_that_names_it(
     if package:
         found["versions"][package] = "0.1"
     with pytest.raises(SweepError, match=message):
-        _check({"10.0.0.2": found}, tmp_path / folder, tmp_path / data, shipped=True)
+        _check([("10.0.0.2", found)], tmp_path / folder, tmp_path / data, shipped=True)
 
 
 def test_another_build_of_the_same_release_is_no_other_version(tmp_path: Path) -> None:
     found = ask(tmp_path, None)
     found["versions"]["torch"] = facts.versions()["torch"].partition("+")[0] + "+cpu"
-    _check({"10.0.0.2": found}, tmp_path, None, shipped=True)
+    _check([("10.0.0.2", found)], tmp_path, None, shipped=True)
 
 
 def test_an_autoscaler_of_this_cluster_says_what_may_be_added(tmp_path: Path) -> None:
