@@ -54,8 +54,8 @@ def of_mean(values: Sequence[float]) -> Interval | None:
 def in_words(share: float, count: int | None) -> str:
     """An accuracy with its interval; alone where it is not known how many images there were.
 
-    >>> in_words(0.9721, 359), in_words(0.9721, None)
-    ('97.21% (95 %: 94.94..98.48)', '97.21%')
+    >>> in_words(0.975, 400), in_words(0.975, None)
+    ('97.50% (95 %: 95.46..98.64)', '97.50%')
     """
     if count is None:
         return f"{share:.2%}"

@@ -31,7 +31,12 @@ class _Marked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, encoding: Encoding) -> Tensor:
-        return encoding.rounded(x)
+        tracing = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # the tracer would take the encoding's constants in, and lose them at once
+        try:
+            return encoding.rounded(x)
+        finally:
+            torch._C._set_tracing_state(tracing)
 
     @staticmethod
     def symbolic(g: Any, x: Any, name: str, encoding: Encoding) -> Any:
