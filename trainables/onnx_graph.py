@@ -32,11 +32,12 @@ class _Marked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, encoding: Encoding) -> Tensor:
         tracing = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # the tracer would take the encoding's constants in, and lose them at once
+        # The tracer would take in the encoding's constants, and not find them the second time.
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             return encoding.rounded(x)
         finally:
-            torch._C._set_tracing_state(tracing)
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
     @staticmethod
     def symbolic(g: Any, x: Any, name: str, encoding: Encoding) -> Any:
