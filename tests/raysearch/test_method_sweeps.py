@@ -34,7 +34,14 @@ def results(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("methods")
     return {
         method: raysearch.run(
-            Sweep(method=method, space=method, trials=TRIALS, epochs=EPOCHS, settings={**SMALL, **settings}),
+            Sweep(
+                method=method,
+                space=method,
+                trials=TRIALS,
+                epochs=EPOCHS,
+                stopper="none",
+                settings={**SMALL, **settings},
+            ),
             folder / method,
         )
         for method, settings in SETTINGS.items()
