@@ -189,10 +189,10 @@ def test_the_sampler_hears_that_a_trial_is_paused_and_later_what_it_reached(tmp_
 
 
 def test_the_frontier_learns_what_stopped_trials_had_reached(tmp_path: Path) -> None:
-    book, _ = sweep_of(tmp_path / "a-run", sampler="frontier")
+    book, folder = sweep_of(tmp_path / "a-run", sampler="frontier")
     tune(book, trial=crossing)
     known = {json.dumps(dict(tried.values)): tried for tried in book.ledger._ended}
-    for row in book.rows:
+    for row in folder.read_records():
         tried = known[json.dumps(row["params"])]
         assert tried.course == {e["epoch"]: e["accuracy"] for e in row["history"] if "rung" in e}
         assert tried.quality == (row["accuracy"] if row["status"] == "complete" else None)
