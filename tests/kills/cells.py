@@ -135,10 +135,6 @@ class Cell:
                 self.server.kill()
         return Ran(self._kept(), resumed, time.monotonic() - began)
 
-    def said(self) -> str:
-        """All that the drivers wrote to their terminals."""
-        return (self.folder / "log.txt").read_text()
-
     def _kept(self) -> Path:
         kept = self.folder / "kept"
         return kept if kept.exists() else self.run
