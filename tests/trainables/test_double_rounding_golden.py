@@ -464,7 +464,7 @@ def test_probes_of_softmax_regression_give_the_published_values_by_our_pass_and_
     net[0].weight.data.copy_(stored["W"])
     probes = iter(stored["probes"])
     monkeypatch.setattr("trainables.curvature.signs_like", lambda x, generator: next(probes))
-    traces = hessian_traces(net, [(stored["X"], stored["y"])], probes=len(stored["probes"]))
+    traces = hessian_traces(net, [(stored["X"], stored["y"])], probes=len(stored["probes"]), signs_in="weights")
     w = stored["W"].clone().requires_grad_()
     loss = nn.functional.cross_entropy(stored["X"] @ w.T, stored["y"])
     by_autograd = torch.stack(list(hutchinson(loss, [w], [[v] for v in stored["probes"]])))

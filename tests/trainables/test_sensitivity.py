@@ -14,7 +14,15 @@ from trainables import sensitivity
 from trainables.build import build_model
 from trainables.config import parse
 from trainables.cost import uniform
-from trainables.curvature import Traces, fisher_traces, hessian_traces, hutchinson, pooled, signs_like
+from trainables.curvature import (
+    Traces,
+    fisher_traces,
+    hessian_traces,
+    hutchinson,
+    linear_by_layer,
+    pooled,
+    signs_like,
+)
 from trainables.errors import ConfigError
 from trainables.layers import trace
 from trainables.methods.lsq import Method
@@ -90,7 +98,9 @@ def test_our_pass_agrees_with_autograd_on_real_networks_in_both_layouts(network)
             model = model.to(memory_format=layout)
             given = images.contiguous(memory_format=layout)
             generator = torch.Generator().manual_seed(1)
-            found = hessian_traces(model, [(given, labels)], layers=[name], probes=2, generator=generator)
+            found = hessian_traces(
+                model, [(given, labels)], layers=[name], probes=2, generator=generator, signs_in="weights"
+            )
             torch.testing.assert_close(found.values, wanted)
 
 
@@ -124,7 +134,7 @@ def test_all_sign_patterns_together_give_the_exact_trace_and_fisher_information(
     patterns = iter([torch.tensor(p, dtype=torch.float64).view(3, 2) for p in itertools.product((-1, 1), repeat=6)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainables.curvature.signs_like", lambda x, generator: next(patterns))
-        traces = hessian_traces(model, [(images, labels)], probes=64)
+        traces = hessian_traces(model, [(images, labels)], probes=64, signs_in="weights")
     weight = model[0].weight
     hessian = torch.autograd.functional.hessian(
         lambda w: functional.cross_entropy(images @ w.T, labels), weight.detach()
@@ -139,6 +149,81 @@ def test_all_sign_patterns_together_give_the_exact_trace_and_fisher_information(
         (gradient,) = torch.autograd.grad(functional.cross_entropy(model(x[None]), y[None]), weight)
         squares.append(gradient.square().sum())
     assert float(fisher.mean) == pytest.approx(float(torch.stack(squares).mean()))
+
+
+def relu_net() -> nn.Module:
+    """Piecewise linear in each layer: a sum, a maximum, an average, a leaky and a learned slope."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.prelu = nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.PReLU(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.max_pool2d(torch.cat([self.prelu(self.conv(x)) * 0.5 + x, 1 - x], dim=1), 2)
+
+    torch.manual_seed(1)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LeakyReLU(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU6(), Block(), *head).double().eval()
+
+
+def test_all_signs_in_the_outputs_together_give_the_exact_traces_of_every_layer():
+    model, (images, labels) = relu_net(), batch(count=2)
+    patterns = [torch.tensor(p, dtype=torch.float64).view(2, 3) for p in itertools.product((-1, 1), repeat=6)]
+    given = iter(patterns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainables.curvature.signs_like", lambda x, generator: next(given))
+        found = hessian_traces(model, [(images, labels)], probes=len(patterns))
+    assert found.layers == ("0", "3.conv", "7")
+    torch.testing.assert_close(found.mean, exact_traces(model, images, labels, list(found.layers)))
+
+
+def test_signs_in_the_outputs_scatter_less_in_convolutions():
+    model, given = relu_net(), batch(count=16)
+    spread = {
+        way: hessian_traces(
+            model, [given], probes=200, generator=torch.Generator().manual_seed(0), signs_in=way
+        ).values.std(dim=0)
+        for way in ("outputs", "weights")
+    }
+    assert bool((spread["outputs"] < 0.8 * spread["weights"])[:2].all())
+
+
+@pytest.mark.parametrize(
+    ("smooth", "what"),
+    [
+        (nn.GELU(), "a smooth activation"),
+        (nn.Softmax(dim=1), "a quotient of two values that depend on a layer"),
+        (nn.Sigmoid(), "a sigmoid"),
+    ],
+)
+def test_signs_are_in_the_weights_where_the_outputs_would_miss_a_part(smooth, what):
+    model, given = nn.Sequential(nn.Conv2d(2, 4, 3), smooth, nn.Flatten(), nn.LazyLinear(3)).double(), batch()
+    model(given[0])
+    assert not linear_by_layer(model, given[0])
+    auto, weights = (
+        hessian_traces(model, [given], probes=2, generator=torch.Generator().manual_seed(0), signs_in=way).values
+        for way in ("auto", "weights")
+    )
+    assert torch.equal(auto, weights)
+    with pytest.raises(ConfigError, match="signs_in = outputs: the network is not linear_by_layer; give weights"):
+        hessian_traces(model, [given], probes=2, signs_in="outputs")
+
+
+def test_a_layer_that_runs_twice_or_feeds_a_product_with_itself_is_not_linear():
+    class Twice(nn.Module):
+        def __init__(self, join) -> None:
+            super().__init__()
+            self.layer, self.join = nn.Linear(3, 3), join
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.join(self.layer, x)
+
+    x = torch.randn(2, 3)
+    assert linear_by_layer(Twice(lambda layer, x: layer(x) * x), x)
+    assert not linear_by_layer(Twice(lambda layer, x: layer(layer(x))), x)
+    assert not linear_by_layer(Twice(lambda layer, x: layer(x) * (y := x) * layer.forward(y)), x)
+    assert not linear_by_layer(Twice(lambda layer, x: (z := layer(x)) * z), x)
 
 
 def test_error_bars_cover_the_truth_and_shrink_with_more_probes():
