@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from raysearch.sweep import Sweep
 from tests.kills.machines import Machines
 from tests.kills.moments import Events
 from tests.kills.victims import descendants, end_all, find, kill, processes
+from tests.ports import free_port
 from tests.raysearch.cluster import ROOT, check_books, numbers
 
 TRIALS, EPOCHS = 4, 2
@@ -230,9 +230,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()

@@ -1,7 +1,6 @@
 """The study on disk: proposals that are never wasted, told truthfully, and a driver that may die at any point."""
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from raysearch.limits import limits_of
 from raysearch.proposals import cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.sweep import SAMPLERS, Resolved, Sweep, resolve
+from tests.ports import free_port
 from tests.raysearch.builders import formula, law, proposals, small_sweep
 
 FEW = settings(law, max_examples=6)
@@ -281,9 +281,7 @@ def test_the_run_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
 
 def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
     run(open_ledger(tmp_path, small_sweep()), 2)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("optuna-dashboard")), f"sqlite:///{tmp_path / 'study.db'}"]
     server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -28,6 +28,7 @@ from raysearch import mlflow_entries as entries
 from raysearch.mlflow_links import Progress, front_url, pages, public, redact, tracking_uri
 from raysearch.mlflow_session import Lines
 from raysearch.tracking import Mirror, mirror_once, start_mirror, status
+from tests.ports import free_port
 
 NAME = "digits-lenet5-lsq-20261121-101500"
 START_S = 1_795_256_103
@@ -487,8 +488,7 @@ def test_a_server_that_never_answers_delays_nobody(fresh: Path) -> None:
 
 
 def test_what_a_server_missed_arrives_when_it_is_there_and_no_file_has_its_password(run: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     uri = f"http://ann:s3cret@127.0.0.1:{port}"
     mirror = start_mirror(run, uri)
     assert b"s3cret" not in Path(f"/proc/{mirror.process.pid}/cmdline").read_bytes()
