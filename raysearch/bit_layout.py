@@ -40,6 +40,23 @@ class _Group:
     amounts: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Groups with as many columns and as many options each.
+
+    Attributes:
+        columns: (groups, columns).
+        options: widths, (groups, options, columns).
+        noise: 4 to the power of minus the widths.
+        amounts: what each option costs, by kind, (groups, options).
+    """
+
+    columns: np.ndarray
+    options: np.ndarray
+    noise: np.ndarray
+    amounts: dict[str, np.ndarray]
+
+
 class BitLayout:
     """The bit parameters of a space on a network.
 
@@ -83,6 +100,7 @@ class BitLayout:
         self._last = np.array([len(widths) - 1 for widths in self.widths])
         self._table = np.array([np.pad(w, (0, self._last.max() + 1 - len(w)), mode="edge") for w in self.widths])
         self.groups = self._grouped()
+        self._batches = _batched(self.groups)
         self.scales = {kind: float(self.amount(kind, widest[None])[0]) for kind in KINDS}
         for kind in self._tables:  # where fewer bits may cost more, the largest sum is not that of the widest
             most = [float(np.ptp(group.amounts[kind]) + group.amounts[kind].min()) for group in self.groups]
@@ -194,17 +212,23 @@ class BitLayout:
             count: number of prices.
         """
         shares = {kind: weight / self.scales[kind] for kind, weight in blend.items()}
-        scores = [4.0**-group.options @ sensitivities[group.columns] for group in self.groups]
-        amounts = [sum(share * g.amounts[kind] for kind, share in shares.items()) for g in self.groups]
-        spans = [(np.ptp(score), np.ptp(amount)) for score, amount in zip(scores, amounts, strict=True)]
-        ratios = [(score / amount, g) for (score, amount), g in zip(spans, self.groups, strict=True) if amount > TINY]
-        # From where even the most sensitive group takes its narrowest option to where the least takes its widest.
-        high = max((64 * ratio for ratio, _ in ratios), default=1.0)
-        low = min((ratio * 4.0 ** -float(np.ptp(g.options)) / 4 for ratio, g in ratios), default=1.0)
-        prices = np.geomspace(max(high, TINY), max(low, TINY), count)
+        tables = []
+        high, low = TINY, np.inf
+        for batch in self._batches:
+            score = (batch.noise * sensitivities[batch.columns][:, None]).sum(axis=2)
+            amount = sum((share * batch.amounts[kind] for kind, share in shares.items()), np.zeros(score.shape))
+            tables.append((batch, score, amount))
+            spans, reach = np.ptp(amount, axis=1), np.ptp(batch.options, axis=(1, 2))
+            costs = spans > TINY
+            ratios = np.ptp(score, axis=1)[costs] / spans[costs]
+            # From where even the most sensitive group takes its narrowest option to where the least takes its widest.
+            high = max(high, 64 * ratios.max(initial=0.0))
+            low = min(low, (ratios * 4.0 ** -reach[costs] / 4).min(initial=np.inf))
+        prices = np.geomspace(high, max(min(low, high), TINY), count)
         rows = np.empty((count, self.columns))
-        for group, score, amount in zip(self.groups, scores, amounts, strict=True):
-            rows[:, group.columns] = group.options[(score + prices[:, None] * amount).argmin(axis=1)]
+        for batch, score, amount in tables:
+            taken = (score + prices[:, None, None] * amount).argmin(axis=2)
+            rows[:, batch.columns] = batch.options[np.arange(len(score)), taken]
         return rows
 
     def neighbours(self, row: np.ndarray, pairs: int, generator: np.random.Generator) -> np.ndarray:
@@ -218,3 +242,19 @@ class BitLayout:
             changes[2 * self.columns + np.arange(pairs), columns] = generator.choice((-1, 1), size=pairs)
         places = np.clip(place + changes, 0, self._last)
         return self._table[single, places]
+
+
+def _batched(groups: Sequence[_Group]) -> list[_Batch]:
+    """The groups, those of one shape together, so that one array operation serves them all."""
+    alike: dict[tuple[int, ...], list[_Group]] = {}
+    for group in groups:
+        alike.setdefault(group.options.shape, []).append(group)
+    return [
+        _Batch(
+            columns=np.array([group.columns for group in same]),
+            options=np.array([group.options for group in same]),
+            noise=4.0 ** -np.array([group.options for group in same]),
+            amounts={kind: np.array([group.amounts[kind] for group in same]) for kind in same[0].amounts},
+        )
+        for same in alike.values()
+    ]

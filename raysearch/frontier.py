@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from raysearch.bit_layout import COSTS, BitLayout, Blend
-from raysearch.loss_model import LossModel, fit, guess
+from raysearch.loss_model import LossModel, fit, guess, one_thread
 from raysearch.proposals import Space, random_values
 from raysearch.staircase import gains, staircase
 from trainables.cost import Layer
@@ -142,6 +142,7 @@ class Frontier:
         self._bits = np.zeros((0, self.layout.columns))
         self._pools: dict[tuple[Any, ...], tuple[tuple[Tried, ...], _Pool]] = {}
 
+    @one_thread
     def propose(
         self,
         history: Sequence[Tried],
@@ -242,7 +243,7 @@ class Frontier:
         self, bits: np.ndarray, quality: np.ndarray, hoped: np.ndarray, blend: Blend, generator: np.random.Generator
     ) -> _Pool:
         ended, told = np.isfinite(quality), np.isfinite(hoped)
-        taken = {row.tobytes() for row in bits}
+        taken = set(_row_keys(bits))
         model = fit(bits[told], hoped[told], self.prior) if told.sum() >= FEWEST else guess(self.prior)
         bits, quality = bits[ended], quality[ended]
         models = [model, *(model.sample(generator) for _ in range(DRAWS))]
@@ -251,9 +252,9 @@ class Frontier:
         found = [self.layout.best(m.sensitivities, blend, PRICES) for m in models]
         found += [self.layout.neighbours(bits[i], PAIRS, generator) for i in members[:PARENTS]]
         found += [bits[members]] if self.others else []
-        unique = {row.tobytes(): row for rows in found for row in rows}
-        rows = np.array([row for key, row in unique.items() if self.others or key not in taken])
-        rows = self.layout.allowed(rows.reshape(-1, self.layout.columns))
+        rows = np.concatenate(found)
+        unique = {key: place for place, key in enumerate(_row_keys(rows))}
+        rows = self.layout.allowed(rows[[place for key, place in unique.items() if self.others or key not in taken]])
         costs, residual = self.layout.cost(blend, rows), model.residual(rows)
         predicted = [m.curve(rows) + residual for m in models]
         ranks = [np.argsort(np.argsort(-gains(costs, p, cost, quality, largest, self.worst))) for p in predicted]
@@ -261,7 +262,7 @@ class Frontier:
         return _Pool(
             model=model,
             bits=rows[kept],
-            keys=[row.tobytes() for row in rows[kept]],
+            keys=_row_keys(rows[kept]),
             cost=costs[kept],
             predicted=[p[kept] for p in predicted],
         )
@@ -297,6 +298,13 @@ class Frontier:
             if values not in taken:
                 return values
         return None
+
+
+def _row_keys(rows: np.ndarray) -> list[bytes]:
+    """What tells rows of widths apart: of each row its bytes, as `row.tobytes()` gives them."""
+    size = rows.shape[1] * rows.itemsize
+    text = rows.tobytes()
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def extrapolated(early: np.ndarray, pairs: np.ndarray) -> np.ndarray:

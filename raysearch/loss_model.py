@@ -14,6 +14,7 @@ sampling. r is a Gaussian process over the widths, for what no sum can say: inte
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 LOG4 = np.log(4.0)
 TRUST = (0.03, 0.1, 0.3, 1.0, 2.0)
@@ -30,7 +31,11 @@ NUGGETS = (1e-2, 0.1, 0.5, 2.0)
 """Variances of independent noise, as shares of the residual's smooth variance."""
 FEWEST_RESIDUALS, JUDGED, MOST_RESIDUALS = 4, 96, 256
 """Trials for which r is 0; the last trials, by which length and noise are chosen; those that r goes through."""
-FLOOR = 1e-9
+FLOOR, TINY = 1e-9, 1e-12
+
+one_thread = ThreadpoolController().wrap(limits=1, user_api="blas")
+"""Decorates what works on small matrices: threads take many times as long for them, and their number changes the last
+digits, so that the same sweep would propose otherwise on a machine with more cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class LossModel:
         return replace(self, values=self.values + np.clip(drawn, -3, 3))
 
 
+@one_thread
 def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray) -> LossModel:
     """Fit to results.
 
@@ -164,8 +170,7 @@ class _Posterior:
     def updated(self, slopes: np.ndarray, target: np.ndarray, *, choose: bool) -> "_Posterior":
         trusts = self.trusts if choose else np.array([self.trust])
         widths = np.stack([self.widths(trust, slopes.shape[1]) for trust in trusts])
-        eigen, basis = np.linalg.eigh(widths[:, :, None] * (slopes.T @ slopes) * widths[:, None, :])
-        eigen = np.maximum(eigen, 0.0)
+        eigen, basis = _spectrum(slopes * widths[:, None, :])
         turned = np.einsum("tpk,tp->tk", basis, widths * (slopes.T @ target))
         noises = self.spread * np.array(NOISE)
         variance = noises[:, None] ** 2
@@ -174,7 +179,8 @@ class _Posterior:
         evidence = -0.5 * (misfit + len(target) * np.log(noises**2) + np.log(shrunk).sum(axis=2))
         t, k = np.unravel_index(int(evidence.argmax()), evidence.shape)
         mean = widths[t] * (basis[t] @ (turned[t] / variance[k] / shrunk[t, k]))
-        root = widths[t][:, None] * basis[t] / np.sqrt(shrunk[t, k])
+        narrowed = (basis[t] * (1 / np.sqrt(shrunk[t, k]) - 1)) @ basis[t].T
+        root = widths[t][:, None] * (np.eye(len(narrowed)) + narrowed)
         return replace(self, trust=float(trusts[t]), noise=float(noises[k]), mean=mean, root=root)
 
     def widths(self, trust: float, count: int) -> np.ndarray:
@@ -184,6 +190,20 @@ class _Posterior:
         """Twice the negative logarithm of the posterior, up to a constant."""
         off = off / self.widths(self.trust, len(off))
         return float(misfit @ misfit) / self.noise**2 + float(off @ off)
+
+
+def _spectrum(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, (m, k), and eigenvectors, (m, p, k), of the squares of m matrices with n rows, (m, n, p).
+
+    They come from the smaller of both squares: k is the lesser of n and p. Where an eigenvalue is 0, so is its vector.
+    """
+    turned = rows.transpose(0, 2, 1)
+    if rows.shape[1] >= rows.shape[2]:
+        eigen, basis = np.linalg.eigh(turned @ rows)
+        return np.maximum(eigen, 0.0), basis
+    eigen, left = np.linalg.eigh(rows @ turned)
+    eigen = np.where(eigen > TINY * eigen[:, -1:], eigen, 0.0)
+    return eigen, turned @ (left / np.where(eigen > 0, np.sqrt(eigen), np.inf)[:, None, :])
 
 
 def _residual(bits: np.ndarray, residual: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
