@@ -8,10 +8,11 @@ configuration's network instead, so that architectures compare, and `macs` are t
 additions and pooling cost no BOPs. Where channels are pruned, a layer counts the share of its output channels that is
 left, times the share of the channels that it reads.
 
-Size is the number of bytes as exported: the codes of each layer packed to its weight bits, four bytes for each scale
-and each bias, eight for each channel of batch norm (a scale and a shift, once the running statistics are folded in)
-and four for each other parameter. The weights of a pruned output channel are not stored, but one bit for each channel
-of such a layer, which says whether it is there. Other conventions in use, and how they differ: README, "BOPs and size".
+Size is the number of bytes of the packed file (`packed`): `HEADER_BYTES`, in which it says what network it holds, and
+the payload. That is the codes of each layer packed to its weight bits, four bytes for each scale and each bias, eight
+for each channel of batch norm (a scale and a shift, once the running statistics are folded in) and four for each other
+parameter. The weights of a pruned output channel are not stored, but one bit for each channel of such a layer, which
+says whether it is there. Other conventions in use, and how they differ: README, "BOPs and size".
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 
 INPUT_BITS = 8
 FLOAT_BITS = 32
+HEADER_BYTES = 256
+"""What comes on top of the payload of a file. A constant, so that sizes compare, and that a few bytes of description
+do not matter in a search; it matters itself only for networks of a few KiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,14 @@ def relative_bops(table: LayerTable, bits: Bits) -> float:
 def size_bytes(
     table: LayerTable, bits: Bits, *, extra_floats: int | None = None, output_share: Shares = NONE_PRUNED
 ) -> int:
-    """Bytes of the network as exported.
+    """Bytes of the network as exported: the payload and the header; arguments as for `payload_bytes`."""
+    return HEADER_BYTES + payload_bytes(table, bits, extra_floats=extra_floats, output_share=output_share)
+
+
+def payload_bytes(
+    table: LayerTable, bits: Bits, *, extra_floats: int | None = None, output_share: Shares = NONE_PRUNED
+) -> int:
+    """Bytes of codes and floats.
 
     Args:
         table: the layer table.

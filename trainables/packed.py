@@ -1,9 +1,9 @@
 """Packed files: a trained network in as many bytes as its codes need, readable without anybody's classes.
 
-A safetensors file with one tensor of bytes, `packed`, so that next to nothing comes on top of what `cost.size_bytes`
-counts. In it lie, one after the other,
+A safetensors file with one tensor of bytes, `packed`, as long as `cost.size_bytes` says. In it lie, in this order,
 
-- two bytes, the length of the description; the description as JSON, deflated with `packed_header.DICTIONARY`;
+- two bytes, the length of the description; the description as JSON, deflated with `packed_header.DICTIONARY`; zeros, so
+  that with safetensors' own header it takes `cost.HEADER_BYTES` (more, if it is of very many kinds of levels);
 - float32 numbers (little-endian): scales that are not usual, biases, a scale and a shift for each channel of batch
   norm, other parameters;
 - codes of the weights, each in exactly its width, the lowest bit first, a layer starting on a byte; of a layer with
@@ -17,6 +17,7 @@ variance 1 and epsilon 0 multiplies and adds what torch makes of its statistics.
 not be exact. Every file is read back and compared before it is handed over.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -34,7 +35,7 @@ from trainables.bit_packing import pack, packed_bytes, unpack
 from trainables.build import build_model, data_shape
 from trainables.coded import Coded, Decoded, Read, Rounded, at_this_point, coded, scale_and_shift, standing
 from trainables.config import TrialConfig, parse
-from trainables.cost import FLOAT_BITS, Layer, LayerBits
+from trainables.cost import FLOAT_BITS, HEADER_BYTES, Layer, LayerBits
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
 from trainables.layers import trace
@@ -56,7 +57,7 @@ def save_packed(path: Path, model: nn.Module, config: TrialConfig, /, **facts: A
         facts: anything JSON can hold, for the description.
 
     Returns:
-        bytes that come on top of floats and codes: the header of the file, and the description.
+        bytes that come on top of floats and codes: `cost.HEADER_BYTES`, or more.
 
     Raises:
         ConfigError: something in the network that the file cannot hold, or that does not come back bit by bit.
@@ -79,16 +80,18 @@ def save_packed(path: Path, model: nn.Module, config: TrialConfig, /, **facts: A
     }
     floats = [tensor.float().flatten() for tensor in _floats(twin, layers, sites)]
     codes = [part for layer in layers.values() for part in _codes(layer)]
-    parts = [packed_header.pack(described), torch.cat([*floats, torch.empty(0)]).contiguous().view(torch.uint8), *codes]
+    payload = torch.cat([torch.cat([*floats, torch.empty(0)]).contiguous().view(torch.uint8), *codes])
+    whole = HEADER_BYTES + len(payload)
+    head = packed_header.pack(described, at_least=HEADER_BYTES - _header_bytes(whole))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({TENSOR: torch.cat(parts)}, temporary)
+        save_file({TENSOR: torch.cat([head, payload])}, temporary)
         _check(model, load_packed(temporary), input_shape)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path.stat().st_size - sum(part.numel() for part in parts[1:])
+    return path.stat().st_size - len(payload)
 
 
 def description(path: Path) -> dict[str, Any]:
@@ -256,6 +259,12 @@ def _check(model: nn.Module, loaded: nn.Module, input_shape: Iterable[int]) -> N
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is written
+
+
+def _header_bytes(stored: int) -> int:
+    """Bytes that safetensors puts before one tensor of so many bytes: a length, and JSON padded to words of 8 bytes."""
+    told = json.dumps({TENSOR: {"dtype": "U8", "shape": [stored], "data_offsets": [0, stored]}}, separators=(",", ":"))
+    return 8 + -(-len(told) // 8) * 8
 
 
 def _row(

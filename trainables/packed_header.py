@@ -116,15 +116,15 @@ def stored(encoding: Encoding | int) -> Iterator[Tensor]:
         yield encoding.thresholds
 
 
-def pack(described: dict[str, Any]) -> Tensor:
-    """The description as bytes, its length in front.
+def pack(described: dict[str, Any], *, at_least: int = 0) -> Tensor:
+    """The description as bytes, its length in front, with zeros behind if it is shorter than `at_least`.
 
     Raises:
         ConfigError: it is too long.
     """
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=DICTIONARY)
     text = json.dumps(described, separators=(",", ":")).encode()
-    content = packer.compress(text) + packer.flush()
+    content = (packer.compress(text) + packer.flush()).ljust(at_least - 2, b"\0")
     if len(content) >= 1 << 16:
         raise ConfigError(f"the description takes {len(content)} bytes; 65535 fit: give shorter facts")
     return torch.from_numpy(np.frombuffer(len(content).to_bytes(2, "little") + content, np.uint8).copy())

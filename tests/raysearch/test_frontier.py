@@ -17,7 +17,7 @@ from search_spaces import all_layers, per_block, per_layer, uniform
 from tests.laboratory.clock import simulate
 from tests.laboratory.problems import PROBLEMS, resnet18
 from tests.laboratory.proposers import Default
-from trainables.cost import Layer, LayerBits, LayerTable, bops, size_bytes
+from trainables.cost import Layer, LayerBits, LayerTable, bops, payload_bytes, size_bytes
 
 LAYERS = resnet18()
 BOTH = {"accuracy": "max", "bops": "min", "size_bytes": "min"}
@@ -234,8 +234,8 @@ def test_cost_is_proportional_to_that_of_the_convention() -> None:
 
     share = bops(table, bits(row)) / bops(table, bits(layout.extreme(-1)))
     assert layout.cost({"bops": 1.0}, row[None])[0] == pytest.approx(share)
-    share = size_bytes(table, bits(row), extra_floats=0) / size_bytes(table, bits(layout.extreme(-1)), extra_floats=0)
-    assert layout.cost({"size_bytes": 1.0}, row[None])[0] == pytest.approx(share)
+    stored, most = (payload_bytes(table, bits(each), extra_floats=0) for each in (row, layout.extreme(-1)))
+    assert layout.cost({"size_bytes": 1.0}, row[None])[0] == pytest.approx(stored / most)
 
 
 def test_a_failed_trial_counts_as_the_worst_and_a_pruned_one_only_as_taken() -> None:

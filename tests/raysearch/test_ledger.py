@@ -126,7 +126,7 @@ def test_there_are_as_many_proposals_as_asked_for_or_affordable_none_twice_none_
 
 @pytest.mark.parametrize(
     ("changes", "size"),
-    [({}, 49), ({"max_size_bytes": 8000}, 21), ({"max_bops": 1_200_000}, 1)],
+    [({}, 49), ({"max_size_bytes": 8256}, 21), ({"max_bops": 1_200_000}, 1)],
     ids=str,
 )
 def test_a_small_space_is_exhausted_and_then_there_is_none_left(

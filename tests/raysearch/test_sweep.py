@@ -120,7 +120,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "the budget leaves nothing to train: the cheapest configuration of the space has 1.13869e+06 BOPs (limit 1000)",
     ),
     ({"max_bops": 0}, SweepError, "the budget leaves nothing to train: the cheapest configuration"),
-    ({"max_size_bytes": 100, "max_bops": 100}, SweepError, "1.13869e+06 BOPs (limit 100), 5004 bytes (limit 100)"),
+    ({"max_size_bytes": 100, "max_bops": 100}, SweepError, "1.13869e+06 BOPs (limit 100), 5260 bytes (limit 100)"),
 ]
 
 

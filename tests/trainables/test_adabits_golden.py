@@ -18,7 +18,7 @@ from torch.nn import functional
 from tests.golden_vectors import Arrays, index, load
 from trainables import modules
 from trainables.config import Optimizer
-from trainables.cost import FLOAT_BITS, LayerBits, bops, size_bytes
+from trainables.cost import FLOAT_BITS, LayerBits, bops, payload_bytes
 from trainables.layers import trace
 from trainables.methods import adabits, sat
 from trainables.methods._norm_sets import SwitchableNorm
@@ -566,7 +566,7 @@ def test_the_cost_of_every_network_is_the_published_one_under_its_convention(lab
         table.macs + pooled,
         sum(layer.weights + layer.biases for layer in table.layers),
         (bops(table, ours) + FLOAT_BITS**2 * pooled) / 1e9,
-        (size_bytes(table, ours, extra_floats=len(widths) * len(table.layers)) - 8 * table.norm_channels) / 1e6,
+        (payload_bytes(table, ours, extra_floats=len(widths) * len(table.layers)) - 8 * table.norm_channels) / 1e6,
     )
     np.testing.assert_allclose(
         counted, load(METHOD, "profiling.npz")[1]["totals"][LABELS.index(label)], rtol=tolerance("profiling.npz")

@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.golden_vectors import cases, index, load
-from trainables.cost import Bits, Layer, LayerBits, LayerTable, bops, relative_bops, size_bytes, uniform
+from trainables.cost import (
+    HEADER_BYTES,
+    Bits,
+    Layer,
+    LayerBits,
+    LayerTable,
+    bops,
+    payload_bytes,
+    relative_bops,
+    size_bytes,
+    uniform,
+)
 from trainables.layers import trace
 
 MIB = 2**20
@@ -72,7 +83,7 @@ def test_bops_add_up_over_layers_and_size_over_layers_and_the_rest(table_and_bit
     table, bits = table_and_bits
     assert bops(table, bits) == sum(bops(alone(layer), bits) for layer in table.layers)
     rest = 8 * table.norm_channels + 4 * table.other_parameters
-    assert size_bytes(table, bits) == sum(size_bytes(alone(layer), bits) for layer in table.layers) + rest
+    assert payload_bytes(table, bits) == sum(payload_bytes(alone(layer), bits) for layer in table.layers) + rest
 
 
 @given(tables_with_bits(), st.data())
@@ -85,7 +96,7 @@ def test_no_narrower_layer_costs_more_bops_or_bytes(table_and_bits, data):
         for name, width in bits.items()
     }
     assert bops(table, narrower) <= bops(table, bits) <= bops(table, {})
-    assert size_bytes(table, narrower) <= size_bytes(table, bits)
+    assert payload_bytes(table, narrower) <= payload_bytes(table, bits)
     assert 0 <= relative_bops(table, narrower) <= relative_bops(table, bits) <= 1
 
 
@@ -104,15 +115,16 @@ def test_the_size_is_codes_scales_biases_and_batch_norm():
     table = LayerTable(layers=(first, last), norm_channels=3, other_parameters=2)
     bits = {"a": LayerBits(weight=3, activation=8), "b": LayerBits(weight=4, activation=4)}
     codes, scales, biases, norms, others = 11 + 15, 4 + 8, 40, 24, 8  # 27 x 3 bits are 10 bytes and a bit
-    assert size_bytes(table, bits) == codes + scales + biases + norms + others
-    assert size_bytes(table, bits, extra_floats=0) == codes + biases + norms + others
-    assert size_bytes(table, {}) == 4 * (27 + 30 + 10 + 2) + 24
+    assert payload_bytes(table, bits) == codes + scales + biases + norms + others
+    assert payload_bytes(table, bits, extra_floats=0) == codes + biases + norms + others
+    assert payload_bytes(table, {}) == 4 * (27 + 30 + 10 + 2) + 24
+    assert size_bytes(table, bits) == payload_bytes(table, bits) + HEADER_BYTES
 
 
 def test_a_pruned_layer_stores_and_computes_nothing_but_its_scales():
     layer = Layer(name="a", kind="conv", macs=9, weights=27, biases=0, channels=3)
     assert bops(alone(layer), {"a": LayerBits(weight=0, activation=8)}) == 0
-    assert size_bytes(alone(layer), {"a": LayerBits(weight=0, activation=8)}) == 8
+    assert payload_bytes(alone(layer), {"a": LayerBits(weight=0, activation=8)}) == 8
 
 
 @given(tables(), st.integers(1, 8), st.integers(1, 8), st.none() | st.integers(2, 8))
@@ -142,7 +154,7 @@ def test_resnet_18_has_the_size_of_hawq_v3_which_counts_every_parameter_at_the_n
     norms = Layer(name="norms", kind="conv", macs=0, weights=2 * table.norm_channels, biases=0, channels=0)
     theirs = LayerTable(layers=(*layers, norms))
     assert sum(layer.weights for layer in theirs.layers) == 11_689_512
-    size = size_bytes(theirs, uniform(theirs, bits, bits, ends=max(bits, 8)), extra_floats=0)
+    size = payload_bytes(theirs, uniform(theirs, bits, bits, ends=max(bits, 8)), extra_floats=0)
     assert f"{size / MIB:.1f}" == mib
 
 
@@ -245,7 +257,7 @@ def test_macs_bops_and_size_are_those_of_adabits_under_its_convention(label, tot
         table.macs + pooled,
         sum(layer.weights + layer.biases for layer in table.layers),
         (bops(table, widths) + 1024 * pooled) / 1e9,
-        size_bytes(replace(table, norm_channels=0), widths, extra_floats=clip_levels) / 1e6,
+        payload_bytes(replace(table, norm_channels=0), widths, extra_floats=clip_levels) / 1e6,
     )
     np.testing.assert_allclose(found, total, rtol=1e-9)
 
@@ -268,4 +280,4 @@ def test_pruned_channels_cost_neither_operations_nor_weights(outputs, inputs):
     left = {"output_share": {"conv": outputs}}
     assert bops(table, bits, **left, input_share={"conv": inputs}) == round(8000 * outputs * inputs)
     mask = 2 if outputs < 1 else 0
-    assert size_bytes(table, bits, extra_floats=0, **left) == (round(160 * outputs) * 4 + 7) // 8 + 64 + mask
+    assert payload_bytes(table, bits, extra_floats=0, **left) == (round(160 * outputs) * 4 + 7) // 8 + 64 + mask

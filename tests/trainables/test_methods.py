@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainables import checkpoint, modules, plugins
 from trainables.build import build_model
 from trainables.config import Optimizer, parse, settings_of
-from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable, bops, size_bytes, uniform
+from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable, bops, payload_bytes, uniform
 from trainables.layers import trace
 from trainables.method import Method, is_quantizer_parameter
 from trainables.methods.lsq import LearnedScale
@@ -189,7 +189,7 @@ def test_the_points_report_the_widths_asked_for_and_cost_what_the_table_says(met
     assert floats is not None
     codes = sum((layer.weights * trial.bits[layer.name].weight + 7) // 8 for layer in trial.table.layers)
     others = 4 * sum(layer.biases for layer in trial.table.layers) + 8 * trial.table.norm_channels
-    assert size_bytes(trial.table, point.bits, extra_floats=floats) == codes + others + 4 * floats
+    assert payload_bytes(trial.table, point.bits, extra_floats=floats) == codes + others + 4 * floats
 
 
 def test_the_point_of_the_float_network_is_the_reference():
@@ -197,7 +197,7 @@ def test_the_point_of_the_float_network_is_the_reference():
     (point,) = trial.method.points(trial.model)
     assert bops(trial.table, point.bits) == trial.table.macs * 1024
     parameters = sum(p.numel() for p in trial.model.parameters())
-    assert size_bytes(trial.table, point.bits, extra_floats=point.extra_floats) == 4 * parameters
+    assert payload_bytes(trial.table, point.bits, extra_floats=point.extra_floats) == 4 * parameters
 
 
 @every_method_of_given_widths
