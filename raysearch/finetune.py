@@ -1,8 +1,9 @@
 """Points of a search on shared weights, each trained alone at its widths; and how far the shared accuracy is to trust.
 
-The trials are ordinary ones of LSQ that start from the supernet's weights at its highest width, in a sweep of their own
-in the search's run folder (`FOLDER`): records, front, export and MLflow as for any sweep. Beside them stands the rank
-correlation between what the points reached on shared weights and alone, with and without recalibrated batch norm.
+The trials are ordinary ones of LSQ that start from the supernet's weights at its highest width, and from the scales
+that it has learned for theirs. They are a sweep of their own in the search's run folder (`FOLDER`): records, front,
+export and MLflow as for any sweep. Beside them stands the rank correlation between what the points reached on shared
+weights and alone, with and without recalibrated batch norm.
 """
 
 import math
@@ -20,6 +21,8 @@ from raysearch.supernet import SUPERNET
 from raysearch.sweep import Sweep
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from raysearch.driver import Watcher
     from trainables.fit import Session
 
@@ -126,7 +129,32 @@ def _write_start(session: "Session", path: Path) -> None:
             state |= {f"{name}.{key}": value for key, value in module.plain_state().items()}
     config = session.config
     plain = build_model(config, session.data.classes, session.data.input_shape, seed=config.seed).state_dict()
-    checkpoint.write(path, {name: state[name].detach().cpu().contiguous().clone() for name in plain}, {})
+    tensors = {f"model/{name}": state[name] for name in plain} | _scales(session)
+    checkpoint.write(path, {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, {})
+
+
+def _scales(session: "Session") -> dict[str, "Tensor"]:
+    """What the supernet has learned as scale of every tensor at every width, where that is one number."""
+    from trainables.modules import quantized_layers, scale_key
+    from trainables.supernet import bits_of
+
+    choices = session.method.choices(session.model)
+    found = {}
+    for i in range(max(len(widths) for each in choices.values() for widths in (each.weight, each.activation))):
+        at = {
+            name: [(each.weight[i:] or each.weight)[0], (each.activation[i:] or each.activation)[0]]
+            for name, each in choices.items()
+        }
+        session.method.mixture(session.model, bits_of(at)).activate()
+        for name, layer in quantized_layers(session.model):
+            for role, quantizer, x in (
+                ("weight", layer.weight_quantizer, layer.weight),
+                ("input", layer.input_quantizer, None),
+            ):
+                encoding = None if quantizer is None or quantizer.before() is not None else quantizer.encoding(x)
+                if encoding is not None and encoding.scale.dim() == 0 and encoding.offset == 0:
+                    found[scale_key(name, role, encoding.bits)] = encoding.scale / encoding.divisor
+    return found
 
 
 def compared(

@@ -225,6 +225,13 @@ def load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(weights, strict=False)
 
 
+def scales(path: Path) -> dict[str, Tensor]:
+    """The trained scales in a file of float weights, by `modules.scale_key`; most files have none."""
+    if path.suffix == ".npz":
+        return {}
+    return {name: value for name, value in read(path)[0].items() if name.startswith("scale/")}
+
+
 def _read_npz(path: Path) -> dict[str, Tensor]:
     """Arrays by name; those of Python objects, which would have to be unpickled, are refused."""
     try:

@@ -116,8 +116,10 @@ class Session:
         self.model = build_model(config, self.classes, self.input_shape, seed=config.seed)
         self.table: LayerTable = trace(self.model, self.input_shape)
         self.bits = resolve_bits(config, self.table)
+        self._scales: dict[str, Tensor] = {}
         if start is not None:
             checkpoint.load_weights(start, self.model)
+            self._scales = checkpoint.scales(start)
         self.method = self._method()
         self.method.prepare(self.model, self.table, self.bits)
         shared_norm.share(self.model)
@@ -155,6 +157,7 @@ class Session:
         images, _ = next(self.batches(epoch=0, rank=0, ranks=1))
         with world.seeing(1.0):
             self.method.calibrate(self.model, images)
+        modules.take_scales(self.model, self._scales)
 
     def batches(
         self, epoch: int, *, rank: int | None = None, ranks: int | None = None

@@ -5,7 +5,7 @@ layer that it replaces, so the state dict of the float network loads into the qu
 """
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -60,6 +60,13 @@ class Quantizer(nn.Module):
 
     def calibrate(self, x: Tensor) -> None:
         """Set initial scales from the first tensor seen; nothing by default."""
+
+    def take_scale(self, scale: Tensor) -> None:
+        """Start from a scale that was trained before, shape (); ignored by default.
+
+        Args:
+            scale: what one step of the codes is worth.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x`, same shape."""
@@ -225,6 +232,20 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedConv2d | QuantizedLinear):
             yield name, module
+
+
+def scale_key(layer: str, role: str, bits: int) -> str:
+    """Name of a trained scale in the file that a trial starts from; `role` is `weight` or `input`."""
+    return f"scale/{layer}/{role}/{bits}"
+
+
+def take_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """Let the quantizers start from trained scales, where there is one for their layer, role and width."""
+    for name, layer in quantized_layers(model):
+        for role, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
+            scale = None if quantizer is None else scales.get(scale_key(name, role, quantizer.bits))
+            if quantizer is not None and scale is not None:
+                quantizer.take_scale(scale.to(quantizer.q_max.device))
 
 
 @torch.no_grad()

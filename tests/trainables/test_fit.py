@@ -385,6 +385,26 @@ def test_a_start_checkpoint_is_used_as_given(tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_start_may_hold_scales_that_were_trained_before(tmp_path, per_channel):
+    config = parse(merged(BASE, {"method/per_channel": per_channel, "bits/conv2/weight": 3, "bits/fc1/activation": 8}))
+    plain = Session(start_config(config)).model.state_dict()
+    scales = {
+        modules.scale_key("conv2", "weight", 3): torch.tensor(0.125),
+        modules.scale_key("conv2", "weight", 4): torch.tensor(0.5),
+        modules.scale_key("fc1", "input", 8): torch.tensor(2.0),
+    }
+    path = tmp_path / "start.safetensors"
+    checkpoint.write(path, {f"model/{name}": value.contiguous() for name, value in plain.items()} | scales, {})
+    with_scales, without = Session(config, start=path), Session(config)
+    with_scales.calibrate()
+    without.calibrate()
+    found, fresh = (dict(modules.quantized_layers(session.model)) for session in (with_scales, without))
+    assert bool((found["conv2"].weight_quantizer.scale == 0.125).all())
+    assert float(found["fc1"].input_quantizer.scale) == 2
+    assert torch.equal(found["fc1"].weight_quantizer.scale, fresh["fc1"].weight_quantizer.scale)
+
+
 def test_a_start_checkpoint_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="start/checkpoint = nowhere: no such file"):
         float_start(configured(start__checkpoint="nowhere"), tmp_path)

@@ -56,6 +56,12 @@ class LearnedScale(modules.Quantizer):
         self.scale.copy_((2 * average / self.q_max.sqrt()).clamp_min(SMALLEST_SCALE))
         self.scale_floor.copy_(self.scale * SCALE_FLOOR)
 
+    @torch.no_grad()
+    def take_scale(self, scale: Tensor) -> None:
+        """Start at a scale that was trained before, for all channels alike."""
+        self.scale.copy_(scale.clamp_min(SMALLEST_SCALE).expand_as(self.scale))
+        self.scale_floor.copy_(self.scale * SCALE_FLOOR)
+
     def forward(self, x: Tensor) -> Tensor:
         """The quantized `x`, any shape; channels first when there are several scales."""
         elements = x.numel() / (1 if self.shared else world.share())
