@@ -233,7 +233,7 @@ def _asked(session: "Session", question: Search, trained: Mapping[str, Any]) -> 
     from raysearch.proposals import cheapest
     from trainables.supernet import check_images, check_recalibration, choices_of
 
-    choices = _narrowed(choices_of(session), question.widths)
+    choices = narrowed(choices_of(session), question.widths)
     check_recalibration(session.table.norm_channels, question.calibration)
     check_images(session.data.validation, question.images)
     space = mixture_space(choices)
@@ -260,8 +260,12 @@ def _asked(session: "Session", question: Search, trained: Mapping[str, Any]) -> 
     return opened
 
 
-def _narrowed(choices: "Mapping[str, Choices]", widths: Sequence[int] | None) -> "Mapping[str, Choices]":
-    """Only these widths where a layer has several; a layer that has one keeps it."""
+def narrowed(choices: "Mapping[str, Choices]", widths: Sequence[int] | None) -> "Mapping[str, Choices]":
+    """Only these widths where a layer has several; a layer that has one keeps it.
+
+    Raises:
+        SweepError: widths that the network was not trained at, or a layer that none of them is left for.
+    """
     if widths is None:
         return choices
     trained = sorted({w for each in choices.values() for w in (*each.weight, *each.activation)}, reverse=True)

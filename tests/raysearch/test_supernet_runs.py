@@ -13,11 +13,12 @@ from raysearch.finetune import CORRELATION, correlation_text, finetune
 from raysearch.result import Result
 from raysearch.seeds import Seeds
 from raysearch.sensitivities import FORMAT
-from raysearch.supernet import SUPERNET, Search, resume, search
+from raysearch.supernet import SUPERNET, Search, narrowed, resume, search
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import finished_run
 from tests.raysearch.cluster import cluster, command, lines
 from trainables.errors import ConfigError
+from trainables.method import Choices
 
 __all__ = ["cluster"]
 
@@ -55,7 +56,7 @@ def trained(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A whole search, with recalibration."""
-    question = Search(run=str(trained), evaluations=200, calibration=64, images=100)
+    question = Search(run=str(trained), evaluations=96, calibration=64, images=100)
     return search(question, tmp_path_factory.mktemp("found") / "run", watcher=Silent())
 
 
@@ -74,12 +75,12 @@ def test_the_trained_network_is_one_trial_as_it_was_asked_for(trained: Path) -> 
 
 def test_every_mixture_has_a_record_and_none_has_two(found: Result) -> None:
     rows = found.records()
-    assert [row["trial"] for row in rows] == list(range(200))
-    assert len({row["digest"] for row in rows}) == len({json.dumps(row["bits"]) for row in rows}) == 200
+    assert [row["trial"] for row in rows] == list(range(96))
+    assert len({row["digest"] for row in rows}) == len({json.dumps(row["bits"]) for row in rows}) == 96
     assert {row["status"] for row in rows} == {"complete"}
     assert {row["source"] for row in rows[3:]} == {"frontier"}
     end = json.loads(found.folder.end.read_text())
-    assert end["trials"] == 200
+    assert end["trials"] == 96
     assert end["evaluations_per_second"] > 0
 
 
@@ -112,12 +113,12 @@ def test_mlflow_has_the_front_and_the_summary_alone(found: Result) -> None:
 
 
 def test_an_interrupted_search_goes_on_as_the_same_search(trained: Path, found: Result, tmp_path: Path) -> None:
-    question = Search(run=str(trained), evaluations=200, calibration=64, images=100, workers=1)
+    question = Search(run=str(trained), evaluations=96, calibration=64, images=100, workers=1)
     with pytest.raises(KeyboardInterrupt):
-        search(question, tmp_path / "run", watcher=Silent(limit=100))
+        search(question, tmp_path / "run", watcher=Silent(limit=48))
     records = tmp_path / "run" / "records.jsonl"
     torn = records.read_bytes()
-    assert 0 < torn.count(b"\n") < 200
+    assert 0 < torn.count(b"\n") < 96
     records.write_bytes(torn[:-40])  # killed within a line
     resume(tmp_path / "run", watcher=Silent())
     ours, theirs = measured(tmp_path / "run"), measured(found.path)
@@ -174,6 +175,17 @@ def test_points_are_trained_alone_at_their_widths_and_compared(found: Result, tr
         finetune(Result(trained), 3)
     with pytest.raises(SweepError, match="already holds a sweep"):
         finetune(found, 3)
+
+
+def test_a_layer_with_no_legal_width_is_named() -> None:
+    choices = {
+        "conv1": Choices(weight=(8,), activation=(8,)),
+        "conv2": Choices(weight=(8, 4), activation=(8, 4)),
+        "conv3": Choices(weight=(4, 2), activation=(8, 4)),
+    }
+    assert narrowed(choices, (4,))["conv1"] == choices["conv1"]
+    with pytest.raises(SweepError, match="layer conv3 has no legal weight width: it was trained at 4, 2, and --widths"):
+        narrowed(choices, (8,))
 
 
 def test_sensitivities_of_another_network_are_refused(trained: Path, tmp_path: Path) -> None:
