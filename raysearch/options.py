@@ -25,8 +25,8 @@ trial = click.argument("trial", type=click.IntRange(min=0))
 point = click.option("--point", default="final", show_default=True, help="which operating point of the trial")
 
 
-def sweep_options(*names: str) -> Callable[[Any], Any]:
-    """Flags for the fields of `Sweep` (all, or those named)."""
+def sweep_options(*names: str, **defaults: Any) -> Callable[[Any], Any]:
+    """Flags for the fields of `Sweep` (all, or those named), with their defaults or these."""
     hints = get_type_hints(Sweep, include_extras=True)
 
     def decorate(command: Any) -> Any:
@@ -36,11 +36,12 @@ def sweep_options(*names: str) -> Callable[[Any], Any]:
             annotated, text = get_args(hints[f.name])
             kind = next((t for t in get_args(annotated) if t is not type(None)), annotated)
             flag = f"--{f.name.replace('_', '-')}"
-            shown = f.default is not None and kind is not bool
+            default = defaults.get(f.name, f.default)
+            shown = default is not None and kind is not bool
             if f.name == "max_relative_bops":  # percent on the command line, as in every table
                 kind, text = click.FloatRange(0, 100), "never train one over this % of the 32x32-bit BOPs"
             command = click.option(
-                flag, type=kind, is_flag=kind is bool, default=f.default, show_default=shown, help=text
+                flag, type=kind, is_flag=kind is bool, default=default, show_default=shown, help=text
             )(command)
         if not names:
             command = _own_options(command)

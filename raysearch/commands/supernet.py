@@ -12,7 +12,6 @@ TRAINED = (
     *("method", "model", "data", "data_root", "download", "epochs", "workers", "cpus_per_worker", "gpus_per_worker"),
     *("train", "seed", "mlflow_uri"),
 )
-METHOD = "double_rounding"
 CALIBRATION = 512
 LR = 0.005
 
@@ -23,7 +22,7 @@ def command() -> None:
 
 
 @command.command()
-@sweep_options(*TRAINED)
+@sweep_options(*TRAINED, method="double_rounding")
 @click.option("--out", type=click.Path(path_type=Path), help="run folder to make  [default: runs/NAME]")
 def train(out: Path | None, **options: Any) -> None:
     """Train one network for several widths: double_rounding (the default), or adabits."""
@@ -33,9 +32,6 @@ def train(out: Path | None, **options: Any) -> None:
     from raysearch.seeds import Seeds
     from raysearch.watching import watched
 
-    source = click.get_current_context().get_parameter_source("method")
-    if options["source"] is None and source != click.core.ParameterSource.COMMANDLINE:
-        options["method"] = METHOD
     sweep = replace(sweep_of(options), trials=1, space={})
     watched(lambda watcher: run(sweep, out, watcher=watcher, seeds=Seeds(first=(("given", {}),))))
 
