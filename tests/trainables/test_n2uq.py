@@ -22,8 +22,15 @@ from trainables.layers import trace
 from trainables.methods import _threshold_kernels as threshold_kernels
 from trainables.methods import n2uq
 from trainables.methods._n2uq_kernels import entropy_weight, rprelu
+from trainables.methods._n2uq_modules import (
+    EntropyWeight,
+    LearnedThresholds,
+    ResidualBlock,
+    RPReLU,
+    prepared_thresholds,
+)
 from trainables.methods._threshold_kernels import NARROWEST, knots, threshold_quantize
-from trainables.methods.n2uq import EntropyWeight, LearnedThresholds, Method, ResidualBlock, RPReLU, prepared_thresholds
+from trainables.methods.n2uq import Method
 from trainables.teachers import build_teacher, distillation_loss
 
 widths_in_bits = st.integers(1, 8)

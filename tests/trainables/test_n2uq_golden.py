@@ -27,10 +27,10 @@ from trainables.config import Optimizer
 from trainables.cost import LayerTable, uniform
 from trainables.layers import trace
 from trainables.methods import _threshold_kernels as threshold_kernels
-from trainables.methods import n2uq
 from trainables.methods._n2uq_kernels import entropy_weight, filter_scale
+from trainables.methods._n2uq_modules import LearnedThresholds, PublishedClip, ResidualBlock, RPReLU
 from trainables.methods._threshold_kernels import knots
-from trainables.methods.n2uq import LearnedThresholds, Method, PublishedClip, RPReLU, published_rate
+from trainables.methods.n2uq import Method, published_rate
 from trainables.methods.pact import LearnedClip
 from trainables.optimizers import Optimizers
 from trainables.teachers import distillation_loss
@@ -219,7 +219,7 @@ def block_parts(block: nn.Module) -> dict[str, nn.Module]:
     for i, ((_, conv), norm) in enumerate(zip(body, norms, strict=True), start=1):
         quantizer: Any = conv.input_quantizer
         found |= {f"conv{i}": conv, f"bn{i}": norm, f"quan{i}": quantizer, f"prelu{i}": quantizer.activation}
-    if isinstance(block, n2uq.ResidualBlock):
+    if isinstance(block, ResidualBlock):
         found["prelu3" if len(body) == 2 else "prelu0"] = block.activation
         if isinstance(block.downsample, nn.Sequential):
             conv, norm = block.downsample
@@ -418,8 +418,8 @@ def drawn(parameter: Tensor, salt: int, low: float, width: float, count: int | N
     )
 
 
-def blocks_of(model: nn.Module) -> Iterator[n2uq.ResidualBlock]:
-    yield from (module for module in model.modules() if isinstance(module, n2uq.ResidualBlock))
+def blocks_of(model: nn.Module) -> Iterator[ResidualBlock]:
+    yield from (module for module in model.modules() if isinstance(module, ResidualBlock))
 
 
 def fill_by_formula(model: Any, conv_order: list[str], salt: int) -> None:
