@@ -47,13 +47,13 @@ class _Batch:
     Attributes:
         columns: (groups, columns).
         options: widths, (groups, options, columns).
-        noise: 4 to the power of minus the widths.
+        places: of the widths among those of their column, (groups, options, columns).
         amounts: what each option costs, by kind, (groups, options).
     """
 
     columns: np.ndarray
     options: np.ndarray
-    noise: np.ndarray
+    places: np.ndarray
     amounts: dict[str, np.ndarray]
 
 
@@ -72,6 +72,7 @@ class BitLayout:
     Attributes:
         addresses: the columns.
         widths: possible values of each column, ascending.
+        table: the same in one array, the last repeated where a column has fewer, (columns, widths).
         order: columns in the order of the layers that they reach first.
         prior: guessed sensitivity of each column.
     """
@@ -98,9 +99,9 @@ class BitLayout:
         self.prior = np.array([max(float((r * ends).sum()), 1.0) for r in reached])
         widest = self.extreme(-1)
         self._last = np.array([len(widths) - 1 for widths in self.widths])
-        self._table = np.array([np.pad(w, (0, self._last.max() + 1 - len(w)), mode="edge") for w in self.widths])
+        self.table = np.array([np.pad(w, (0, self._last.max() + 1 - len(w)), mode="edge") for w in self.widths])
         self.groups = self._grouped()
-        self._batches = _batched(self.groups)
+        self._batches = _batched(self.groups, self.table)
         self.scales = {kind: float(self.amount(kind, widest[None])[0]) for kind in KINDS}
         for kind in self._tables:  # where fewer bits may cost more, the largest sum is not that of the widest
             most = [float(np.ptp(group.amounts[kind]) + group.amounts[kind].min()) for group in self.groups]
@@ -200,14 +201,14 @@ class BitLayout:
         amounts = {kind: self.amount(kind, rows, touched) for kind in self.kinds}
         return _Group(columns=columns, options=options, amounts=amounts)
 
-    def best(self, sensitivities: np.ndarray, blend: Blend, count: int) -> np.ndarray:
+    def best(self, noise: np.ndarray, blend: Blend, count: int) -> np.ndarray:
         """Rows of widths on the integer program's convex front, (count, columns), from the cheapest to the widest.
 
-        Each has the least summed sensitivity that its cost allows: it is the optimum of sensitivity + price x cost, in
+        Each has the least summed noise that its cost allows: it is the optimum of noise + price x cost, in
         which groups separate, for one of a ladder of prices (Everett 1963). Neighbouring prices may share an optimum.
 
         Args:
-            sensitivities: of each column, > 0, (columns,).
+            noise: of each column at each of its widths, as in `table`, (columns, widths).
             blend: the cost.
             count: number of prices.
         """
@@ -215,7 +216,7 @@ class BitLayout:
         tables = []
         high, low = TINY, np.inf
         for batch in self._batches:
-            score = (batch.noise * sensitivities[batch.columns][:, None]).sum(axis=2)
+            score = noise[batch.columns[:, None], batch.places].sum(axis=2)
             amount = sum((share * batch.amounts[kind] for kind, share in shares.items()), np.zeros(score.shape))
             tables.append((batch, score, amount))
             spans, reach = np.ptp(amount, axis=1), np.ptp(batch.options, axis=(1, 2))
@@ -233,7 +234,7 @@ class BitLayout:
 
     def neighbours(self, row: np.ndarray, pairs: int, generator: np.random.Generator) -> np.ndarray:
         """Each column one width up and one down; and `pairs` random moves of two columns. Ends stay where they are."""
-        place = (self._table == row[:, None]).argmax(axis=1)
+        place = (self.table == row[:, None]).argmax(axis=1)
         changes = np.zeros((2 * self.columns + pairs, self.columns), dtype=int)
         single = np.arange(self.columns)
         changes[single, single], changes[self.columns + single, single] = 1, -1
@@ -241,10 +242,10 @@ class BitLayout:
             columns = generator.integers(self.columns, size=pairs)
             changes[2 * self.columns + np.arange(pairs), columns] = generator.choice((-1, 1), size=pairs)
         places = np.clip(place + changes, 0, self._last)
-        return self._table[single, places]
+        return self.table[single, places]
 
 
-def _batched(groups: Sequence[_Group]) -> list[_Batch]:
+def _batched(groups: Sequence[_Group], table: np.ndarray) -> list[_Batch]:
     """The groups, those of one shape together, so that one array operation serves them all."""
     alike: dict[tuple[int, ...], list[_Group]] = {}
     for group in groups:
@@ -253,7 +254,7 @@ def _batched(groups: Sequence[_Group]) -> list[_Batch]:
         _Batch(
             columns=np.array([group.columns for group in same]),
             options=np.array([group.options for group in same]),
-            noise=4.0 ** -np.array([group.options for group in same]),
+            places=np.array([(table[g.columns] == g.options[:, :, None]).argmax(axis=2) for g in same]),
             amounts={kind: np.array([group.amounts[kind] for group in same]) for kind in same[0].amounts},
         )
         for same in alike.values()

@@ -249,7 +249,7 @@ class Frontier:
         models = [model, *(model.sample(generator) for _ in range(DRAWS))]
         cost = self.layout.cost(blend, bits)
         members, largest = staircase(cost, quality), self.layout.largest(blend)
-        found = [self.layout.best(m.sensitivities, blend, PRICES) for m in models]
+        found = [self.layout.best(m.noise(self.layout.table), blend, PRICES) for m in models]
         found += [self.layout.neighbours(bits[i], PAIRS, generator) for i in members[:PARENTS]]
         found += [bits[members]] if self.others else []
         rows = np.concatenate(found)

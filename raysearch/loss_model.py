@@ -2,13 +2,15 @@
 
 Rounding noise quarters with each bit, so a quality y (lower is better: loss, or 1 - accuracy) is modelled as
 
-    y = a + c log(e0 + sum_j s_j 4^-b_j)  +  r(b)
+    y = a + c log(e0 + sum_j s_j 4^-b_j exp(d_j x_j + steep x_j + bend x_j^2 / 4))  +  r(b),    x_j = b_j - 5
 
 with a sensitivity s_j > 0 for each bit parameter. With a large e0 this is a sum of independent losses, with a small one
-their logarithm, between them it saturates as accuracy does. The s_j have a lognormal prior around what is known before
-training, of a width that the results decide (marginal likelihood): sensitivities that fit are kept, wrong ones are
-forgotten. The maximum of the posterior is found by Gauss-Newton steps; its curvature gives samples for Thompson
-sampling. r is a Gaussian process over the widths, for what no sum can say: interactions of layers.
+their logarithm, between them it saturates as accuracy does. Where noise does not quarter, steep and bend say how it
+falls for all parameters, and d_j for one. The s_j have a lognormal prior around what is known before training, the d_j
+a normal one around 0, of widths that the results decide (marginal likelihood): sensitivities that fit are kept, wrong
+ones are forgotten, and the d_j stay 0 where nothing speaks for them. The maximum of the posterior is found by
+Gauss-Newton steps; its curvature gives samples for Thompson sampling. r is a Gaussian process over the widths, for what
+no sum can say: interactions of layers.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,12 +19,16 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 LOG4 = np.log(4.0)
-TRUST = (0.03, 0.1, 0.3, 1.0, 2.0)
-"""Widths of the prior of log sensitivities that the results choose from."""
+PRIORS = ((0.03, 0.0), (0.1, 0.0), (0.3, 0.0), (1.0, 0.0), (2.0, 0.0), (0.1, 0.3), (1.0, 0.3))
+"""Widths of the priors of log s and of d that the results choose from."""
 NOISE = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """Standard deviations of what the sum leaves unexplained, as shares of that of all results."""
-GLOBAL = 3
-"""Parameters before the sensitivities: a, log c, log e0."""
+GLOBAL = 5
+"""Parameters before the sensitivities: a, log c, log e0, steep, bend."""
+SHAPE = (0.3, 0.2)
+"""Widths of the priors of steep and bend."""
+MIDDLE = 5.0
+"""Bits at which a parameter's noise is s_j 4^-b_j."""
 STEPS, CHOOSING = 6, 2
 """Gauss-Newton steps at most, and those of them that choose prior width and noise anew."""
 LENGTHS = (2.0, 4.0)
@@ -43,9 +49,9 @@ class LossModel:
     """A fitted model.
 
     Attributes:
-        values: a, log c, log e0, and the log sensitivities, (3 + parameters,).
-        root: square root of the posterior covariance, (3 + parameters, 3 + parameters).
-        trust: chosen width of the prior.
+        values: a, log c, log e0, steep, bend, all log s and all d, (5 + 2 x parameters,).
+        root: square root of the posterior covariance, (5 + 2 x parameters, same).
+        trust: chosen width of the prior of log s.
         known: widths at which the residual is conditioned, (k, parameters).
         pull: weights of the kernel at each of them, (k,).
         length: length scale of the kernel in bits.
@@ -61,7 +67,11 @@ class LossModel:
     @property
     def sensitivities(self) -> np.ndarray:
         """Of each bit parameter, up to a common factor."""
-        return np.exp(self.values[GLOBAL:])
+        return np.exp(self.values[GLOBAL:].reshape(2, -1)[0])
+
+    def noise(self, widths: np.ndarray) -> np.ndarray:
+        """What each parameter adds to the sum at each of its widths, (parameters, widths)."""
+        return _terms(self.values, widths.T).T
 
     def predict(self, bits: np.ndarray) -> np.ndarray:
         """Predicted quality of each row of widths, (n,)."""
@@ -92,7 +102,7 @@ def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray) -> LossModel:
     """
     spread = max(float(quality.std()), FLOOR)
     centre = _start(bits, quality, np.log(prior), spread)
-    posterior = _Posterior(trusts=np.array(TRUST), spread=spread)
+    posterior = _Posterior(spread=spread)
     values, cost = centre, np.inf
     for step in range(STEPS):
         predicted, slopes = _curve(values, bits)
@@ -110,25 +120,38 @@ def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray) -> LossModel:
             break
         cost = after
     known, pull, length = _residual(bits, quality - _curve(values, bits)[0], spread)
-    return LossModel(values=values, root=posterior.root, trust=posterior.trust, known=known, pull=pull, length=length)
+    return LossModel(
+        values=values, root=posterior.root, trust=posterior.prior[0], known=known, pull=pull, length=length
+    )
 
 
 def guess(prior: np.ndarray) -> LossModel:
     """What is believed before any result: the prior's sensitivities, and a loss that is the logarithm of their sum."""
-    values = np.concatenate([[0.0, 0.0, np.log(FLOOR * prior.sum())], np.log(prior)])
-    root = np.diag(np.concatenate([np.zeros(GLOBAL), np.ones(len(prior))]))
+    none = np.zeros(len(prior))
+    values = np.concatenate([[0.0, 0.0, np.log(FLOOR * prior.sum()), 0.0, 0.0], np.log(prior), none])
+    root = np.diag(np.concatenate([np.zeros(GLOBAL), np.ones(len(prior)), none]))
     return LossModel(values=values, root=root, trust=1.0, known=np.zeros((0, len(prior))), pull=np.zeros(0))
 
 
 def _curve(values: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The formula without r, (n,), and its derivatives by all values, (n, 3 + parameters)."""
-    terms = np.exp(values[GLOBAL:] - LOG4 * bits)
+    """The formula without r, (n,), and its derivatives by all values, (n, 5 + 2 x parameters)."""
+    terms = _terms(values, bits)
     floor, scale = np.exp(values[2]), np.exp(values[1])
     total = floor + terms.sum(axis=1)
     logs = np.log(total)
-    ones = np.ones(len(bits))
-    parts = scale * terms / total[:, None]
-    return values[0] + scale * logs, np.column_stack([ones, scale * logs, scale * floor / total, parts])
+    by_s = scale * terms / total[:, None]
+    by_d = by_s * (bits - MIDDLE)
+    by_bend = (by_d * (bits - MIDDLE)).sum(axis=1) / 4
+    rest = [np.ones(len(bits)), scale * logs, scale * floor / total, by_d.sum(axis=1), by_bend]
+    return values[0] + scale * logs, np.column_stack([*rest, by_s, by_d])
+
+
+def _terms(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """What each parameter adds to the sum, (n, parameters)."""
+    steep, bend = values[GLOBAL - 2 : GLOBAL]
+    logs, decays = values[GLOBAL:].reshape(2, -1)
+    off = bits - MIDDLE
+    return np.exp(logs - LOG4 * bits + (steep + decays) * off + bend / 4 * off**2)
 
 
 def _start(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, spread: float) -> np.ndarray:
@@ -144,7 +167,8 @@ def _start(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, spread: flo
         offset = float(quality.mean() - slope * logs.mean())
         misfit = float(((quality - offset - slope * logs) ** 2).sum())
         if misfit < error:
-            best, error = np.concatenate([[offset, np.log(slope), np.log(floor)], prior - np.log(middle)]), misfit
+            start = [offset, np.log(slope), np.log(floor), 0.0, 0.0]
+            best, error = np.concatenate([start, prior - np.log(middle), np.zeros(len(prior))]), misfit
     return best
 
 
@@ -153,42 +177,41 @@ class _Posterior:
     """Of the linearised model: prior width and noise with the largest marginal likelihood, and what follows.
 
     Attributes:
-        trusts: widths of the prior that are tried.
         spread: standard deviation of the results.
-        trust, noise: as chosen.
+        prior, noise: as chosen.
         mean: from the prior's centre.
         root: square root of the covariance.
     """
 
-    trusts: np.ndarray
     spread: float
-    trust: float = 1.0
+    prior: tuple[float, float] = PRIORS[0]
     noise: float = 1.0
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
     root: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def updated(self, slopes: np.ndarray, target: np.ndarray, *, choose: bool) -> "_Posterior":
-        trusts = self.trusts if choose else np.array([self.trust])
-        widths = np.stack([self.widths(trust, slopes.shape[1]) for trust in trusts])
+        priors = PRIORS if choose else (self.prior,)
+        widths = np.stack([self.widths(prior, slopes.shape[1]) for prior in priors])
         eigen, basis = _spectrum(slopes * widths[:, None, :])
         turned = np.einsum("tpk,tp->tk", basis, widths * (slopes.T @ target))
         noises = self.spread * np.array(NOISE)
         variance = noises[:, None] ** 2
-        shrunk = eigen[:, None, :] / variance + 1  # (trusts, noises, parameters)
+        shrunk = eigen[:, None, :] / variance + 1  # (priors, noises, parameters)
         misfit = float(target @ target) / noises**2 - ((turned[:, None, :] / variance) ** 2 / shrunk).sum(axis=2)
         evidence = -0.5 * (misfit + len(target) * np.log(noises**2) + np.log(shrunk).sum(axis=2))
         t, k = np.unravel_index(int(evidence.argmax()), evidence.shape)
         mean = widths[t] * (basis[t] @ (turned[t] / variance[k] / shrunk[t, k]))
         narrowed = (basis[t] * (1 / np.sqrt(shrunk[t, k]) - 1)) @ basis[t].T
         root = widths[t][:, None] * (np.eye(len(narrowed)) + narrowed)
-        return replace(self, trust=float(trusts[t]), noise=float(noises[k]), mean=mean, root=root)
+        return replace(self, prior=priors[t], noise=float(noises[k]), mean=mean, root=root)
 
-    def widths(self, trust: float, count: int) -> np.ndarray:
-        return np.concatenate([[10 * self.spread, 1.0, 3.0], np.full(count - GLOBAL, trust)])
+    def widths(self, prior: tuple[float, float], count: int) -> np.ndarray:
+        return np.concatenate([[10 * self.spread, 1.0, 3.0, *SHAPE], np.repeat(prior, (count - GLOBAL) // 2)])
 
     def objective(self, off: np.ndarray, misfit: np.ndarray) -> float:
         """Twice the negative logarithm of the posterior, up to a constant."""
-        off = off / self.widths(self.trust, len(off))
+        widths = self.widths(self.prior, len(off))
+        off = off / np.where(widths > 0, widths, 1.0)  # of width 0, nothing is off
         return float(misfit @ misfit) / self.noise**2 + float(off @ off)
 
 

@@ -211,7 +211,7 @@ def test_the_priced_front_is_the_convex_front_of_all_choices(scale: float, seed:
     rows = np.stack(np.meshgrid(*[np.arange(2.0, 6)] * 4), axis=-1).reshape(-1, 4)
     blend = {"bops": 1.0}
     cost, loss = layout.cost(blend, rows), (4.0**-rows) @ sensitivities
-    found = layout.best(sensitivities, blend, 200)
+    found = layout.best(sensitivities[:, None] * 4.0**-layout.table, blend, 200)
     found_cost, found_loss = layout.cost(blend, found), (4.0**-found) @ sensitivities
     for price in np.geomspace(1e-3, 1e2, 20) * sensitivities.max():
         # 200 prices miss an optimum only by the step from one price to the next.
