@@ -1,43 +1,37 @@
-"""Samplers with and without early stopping: hypervolume over trial-epochs on the closed-form problems, and two ratios.
+"""Samplers with and without early stopping: hypervolume over trial-epochs on the closed-form problems, and the ratios.
 
-    python -m tests.benchmarks.stopping [--seeds 10] [--budget 360] [--concurrent 8] [--problems coupled,error]
-        [--curves parallel,noisy,crossing] [--pairs frontier+none,random+mo_asha,...]
+    python -m tests.benchmarks.stopping [--seeds 5] [--budget 360] [--concurrent 8] [--problems coupled,mine.py:make]
+        [--curves parallel,noisy,crossing] [--pairs auto+none,random+mo_asha,...] [--tables]
 
-Each cell is the mean over seeds of the hypervolume, as a share of the exact front's, of the trials that were trained to
-their end, with half the width of its 95 % confidence interval. The ratios under each table say with what share of the
-epochs the default reaches the final hypervolume of random search, and of Optuna's TPE and NSGA-II without stopping.
-Ray Tune's stock integration, its own OptunaSearch and ASHAScheduler, knows one objective: the loss, or the sum of loss
-and cost, each over its range.
+A line of the first table is a problem: with what share of the epochs that another one has spent the default reaches the
+hypervolume that the other one ends with, as mean over seeds, half the width of its 95 % confidence interval, and the
+worst seed. The others are random search, Optuna's NSGA-II and TPE without stopping, and Ray Tune's stock integration,
+its own OptunaSearch and ASHAScheduler, which knows one objective: the loss, or the sum of loss and cost, each over its
+range. `--tables` prints the hypervolume over epochs of all pairs before it: mean share of the exact front's, of the
+trials that were trained to their end, with its interval likewise.
 """
 
 import argparse
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
 from tests.laboratory.clock import Proposer, Stopper, Trial, points, simulate
-from tests.laboratory.problems import CURVES, PROBLEMS, Problem
+from tests.laboratory.problem import Problem
+from tests.laboratory.problems import CURVES, PROBLEMS, problem_named
 from tests.laboratory.proposers import PROPOSERS, RayOptuna
 from tests.laboratory.stoppers import STOPPERS, RayASHA
 
 SHOWN = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Shares of the budget at which the hypervolume is printed."""
-DEFAULT, RANDOM, PLAIN = "auto+none", "random+none", ("tpe+none", "nsga2+none")
-CHEAP = (
-    "auto+none",
-    "auto+mo_asha",
-    "auto+front",
-    "random+none",
-    "random+mo_asha",
-    "random+mo_asha/hv",
-    "random+front",
-)
-OPTUNA = ("nsga2+none", "nsga2+mo_asha", "nsga2+front", "tpe+none", "tpe+mo_asha", "tpe+front", "ray+loss", "ray+sum")
-BARS = {RANDOM: 1 / 3, **dict.fromkeys(PLAIN, 1 / 2)}
-SMALL_ERROR = 0.05
-"""Curves are in decades of noise; those of the saturating error are so much lower."""
+DEFAULT, RANDOM, PLAIN, RAY = "auto+none", "random+none", ("nsga2+none", "tpe+none"), ("ray+loss", "ray+sum")
+BARS = {RANDOM: 1 / 3, **dict.fromkeys((*PLAIN, *RAY), 1 / 2)}
+"""Pairs, and the share of their epochs that the default may need for what they end with."""
+ALL = (DEFAULT, "auto+mo_asha", "auto+front", RANDOM, "random+mo_asha", "random+mo_asha/hv", "random+front")
+ALL += (*PLAIN, "nsga2+mo_asha", "nsga2+front", "tpe+mo_asha", "tpe+front", *RAY)
 
 
 @dataclass(frozen=True)
@@ -58,20 +52,19 @@ class Curve:
         return float(self.spent[place]) if place < len(self.spent) else np.inf
 
 
+@cache
 def problem_of(name: str, curves: str, seed: int) -> Problem:
-    """A problem of the laboratory with these learning curves."""
-    fidelity = CURVES[curves]
-    if name == "error":
-        scale = SMALL_ERROR
-        fidelity = replace(fidelity, excess=4 * scale * fidelity.excess, noise=scale * fidelity.noise)
-    return replace(PROBLEMS[name](seed), fidelity=fidelity)
+    """A problem of the laboratory, or of a file, with these learning curves."""
+    problem, fidelity = problem_named(name, seed), CURVES[curves]
+    scaled = replace(fidelity, excess=problem.scale * fidelity.excess, noise=problem.scale * fidelity.noise)
+    return replace(problem, fidelity=scaled)
 
 
 def pair(name: str, problem: Problem, seed: int) -> tuple[Proposer, Stopper]:
     """Sampler and stopper by name."""
     sampler, _, stopper = name.partition("+")
     if sampler == "ray":
-        span = problem.reference - problem.evaluate(np.full((1, 2 * len(problem.layers)), problem.widths[-1]))[0]
+        span = problem.reference - problem.evaluate(problem.extreme(-1)[None])[0]
 
         def objective(loss: float, cost: float) -> float:
             return loss if stopper == "loss" else loss / abs(span[0]) + cost
@@ -99,72 +92,67 @@ def sweep(name: str, problem: str, curves: str, seed: int, budget: int, concurre
 
 
 def table(given: argparse.Namespace, problem: str, curves: str, names: list[str]) -> dict[str, list[Curve]]:
-    """Print a table; the curves of all seeds by pair."""
+    """The curves of all seeds by pair; printed as a table if it is asked for."""
     marks = [round(share * given.budget) for share in SHOWN]
-    print(f"\n{problem}, {curves} curves; epochs:{'':10}" + "".join(f"{mark:>15}" for mark in marks) + "  trials   s")
+    if given.tables:
+        heads = "".join(f"{mark:>15}" for mark in marks)
+        print(f"\n{problem}, {curves} curves; epochs:{'':10}{heads}  trials   s")
     found: dict[str, list[Curve]] = {}
     for name in names:
-        began, ended = time.perf_counter(), []
+        began, ended = time.process_time(), []
         for seed in range(given.seeds):
             curve, run = sweep(name, problem, curves, seed, given.budget, given.concurrent)
             found.setdefault(name, []).append(curve)
             ended.append((sum(not trial.stopped for trial in run), len(run)))
         cells = "".join(f"{cell([curve.at(mark) for curve in found[name]]):>15}" for mark in marks)
         done, begun = np.mean(ended, axis=0)
-        seconds = (time.perf_counter() - began) / given.seeds
-        print(f"{name:32}{cells}  {done:.0f}/{begun:.0f} {seconds:5.2f}", flush=True)
+        seconds = (time.process_time() - began) / given.seeds
+        if given.tables:
+            print(f"{name:32}{cells}  {done:.0f}/{begun:.0f} {seconds:5.2f}", flush=True)
     return found
 
 
 def cell(values: list[float]) -> str:
     """Mean and half the width of its 95 % interval (normal approximation)."""
     half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.4f} ±{half:.4f}"
+    return f"{np.mean(values):.3f} ±{half:.3f}"
 
 
-def ratios(found: dict[str, list[Curve]]) -> int:
-    """Print with what share of the others' epochs the default is as good; how many bars were missed."""
-    missed = 0
-    for other, bar in BARS.items():
-        if DEFAULT not in found or other not in found:
-            continue
-        shares = [
+def ratios(found: dict[str, list[Curve]]) -> dict[str, list[float]]:
+    """With what share of the epochs of each other pair the default is as good, by pair and seed."""
+    return {
+        other: [
             mine.reaches(float(theirs.share[-1])) / theirs.spent[-1]
             for mine, theirs in zip(found[DEFAULT], found[other], strict=True)
         ]
-        missed += max(shares) > bar
-        verdict = "reached" if max(shares) <= bar else "MISSED"
-        print(
-            f"  default over {other}: {np.median(shares):.3f} of the epochs (worst seed {max(shares):.3f}), "
-            f"bar {bar:.2f}: {verdict}"
-        )
-    return missed
-
-
-def cheap_sweeps_per_minute(budget: int = 180) -> float:
-    """Simulated sweeps of random search with stopping in a minute, of 20 trials' epochs each."""
-    began, count = time.process_time(), 0
-    while time.process_time() - began < 3:
-        sweep("random+front", "noise 1", "parallel", count % 5, budget, 8)
-        count += 1
-    return count * 60 / (time.process_time() - began)
+        for other in BARS
+        if DEFAULT in found and other in found
+    }
 
 
 def main() -> None:
     """Print the tables; exit 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=int, default=360)
     parser.add_argument("--concurrent", type=int, default=8)
-    parser.add_argument("--problems", default="noise 1,coupled,error")
-    parser.add_argument("--curves", default=",".join(CURVES))
-    parser.add_argument("--pairs", default=",".join(CHEAP + OPTUNA))
+    parser.add_argument("--problems", default=",".join(PROBLEMS))
+    parser.add_argument("--curves", default="parallel")
+    parser.add_argument("--pairs", default=",".join((DEFAULT, *BARS)))
+    parser.add_argument("--tables", action="store_true")
     given = parser.parse_args()
-    missed = 0
+    pairs = list(ALL) if given.pairs == "all" else given.pairs.split(",")
+    shown = [other for other in BARS if other in pairs]
+    print(f"epochs that the default needs, over those of:\n{'':20}" + "".join(f"{other:>24}" for other in shown))
+    missed = []
     for problem in given.problems.split(","):
         for curves in given.curves.split(","):
-            missed += ratios(table(given, problem, curves, given.pairs.split(",")))
-    print(f"\nsimulated sweeps of random search with stopping: {cheap_sweeps_per_minute():.0f} a minute")
+            found = ratios(table(given, problem, curves, pairs))
+            line = "".join(f"{cell(values)} ({max(values):.2f})".rjust(24) for values in found.values())
+            print(f"{problem + ' ' + curves:20}{line}", flush=True)
+            missed += [f"{problem} {curves}: {other}" for other, each in found.items() if max(each) > BARS[other]]
+    bars = ", ".join(f"{other} {bar:.2f}" for other, bar in BARS.items() if other in shown)
+    print(f"bars of every seed: {bars}: " + ("MISSED by " + "; ".join(missed) if missed else "reached"))
     sys.exit(1 if missed else 0)
 
 

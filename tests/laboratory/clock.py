@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tests.laboratory.problems import Fidelity, Problem
+from tests.laboratory.problem import Fidelity, Problem
 
 
 class Proposer(Protocol):
@@ -163,3 +163,27 @@ def _excess(fidelity: Fidelity, bits: np.ndarray) -> np.ndarray:
 def points(trials: list[Trial]) -> np.ndarray:
     """True loss and cost of the trials that were not stopped, (n, 2)."""
     return np.array([(t.loss, t.cost) for t in trials if not t.stopped]).reshape(-1, 2)
+
+
+def wasted(trials: list[Trial]) -> list[int]:
+    """Trials that one dominates, or equals, which had ended before they were proposed; by true loss and cost."""
+    ended = sorted((t for t in trials if t.ended_s is not None and not t.stopped), key=lambda t: t.ended_s or 0.0)
+    values, ends = points(ended), np.array([t.ended_s for t in ended])
+    found = []
+    for trial in trials:
+        known = values[: np.searchsorted(ends, trial.started_s, side="right")]
+        if (known <= (trial.loss, trial.cost)).all(axis=1).any():
+            found.append(trial.number)
+    return found
+
+
+def repeated(trials: list[Trial]) -> list[int]:
+    """Trials of a configuration that an earlier trial has."""
+    seen: set[tuple[Any, ...]] = set()
+    found = []
+    for trial in trials:
+        key = tuple(trial.values.items())
+        if key in seen:
+            found.append(trial.number)
+        seen.add(key)
+    return found

@@ -1,55 +1,59 @@
-"""The exact Pareto front of a chain of layers, by dynamic programming over its layers.
+"""The exact Pareto front of a sum over layers, by dynamic programming over the layers.
 
-A partial front of (cost, S) is kept for each weight width of the last layer, because that is all the next layer's
-coupling asks for; without coupling one partial front serves all. A partial point that another one equals or beats in
-both columns cannot become part of the front.
+In a chain of layers a partial front of (cost, S) is kept for each weight width of the last layer, because that is all
+the next layer's coupling asks for; without coupling one partial front serves all. A partial point that another one
+equals or beats in both columns cannot become part of the front.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from tests.laboratory.problems import Problem
+    from tests.laboratory.problems import Chain
 
 Points = tuple[np.ndarray, np.ndarray]
 
 
-def exact_front(problem: "Problem", *, bins: int | None = None) -> Points:
-    """Costs (ascending, in macs x bits x bits) and S (descending) of all configurations that none dominates.
+def separable_front(costs: Sequence[np.ndarray], sums: Sequence[np.ndarray], edge: float = 0.0) -> Points:
+    """Costs (ascending) and sums (descending) of all choices of one option a layer that none dominates.
+
+    Args:
+        costs, sums: of each layer's options, (options,).
+        edge: width of the parts of the cost's range of which only the best point is kept; 0 keeps all.
+    """
+    front: Points = np.zeros(1), np.zeros(1)
+    for cost, term in zip(costs, sums, strict=True):
+        front = _pruned((front[0][:, None] + cost).ravel(), (front[1][:, None] + term).ravel(), edge)
+    return front
+
+
+def exact_front(problem: "Chain", *, bins: int | None = None) -> Points:
+    """Costs (ascending, in macs x bits x bits) and S (descending) of a chain's configurations that none dominates.
 
     Args:
         problem: any number of layers.
         bins: keep only the best point in each of so many equal parts of the cost's range; None keeps all. What is kept
             can be reached, so the front is at most one bin off for each layer, and in practice far less.
     """
-    widths = np.array(problem.widths, dtype=float)
-    edge = 64 * float(problem.macs.sum()) / bins if bins else 0.0
-    joined = bool(problem.coupling.any())
+    widths = np.array(problem.bits, dtype=float)
+    edge = problem.widest / bins if bins else 0.0
     fronts: list[Points] = []
+    before = np.zeros(len(widths))
     for layer, macs in enumerate(problem.macs):
-        noise = _terms(problem, layer)
-        rest = (problem.activation[layer] * problem.decay[2 * layer + 1] ** -widths) ** problem.power
-        before = _merged(fronts, edge) if fronts and not joined else None
+        noise, rest = problem.terms(layer)
         current = []
         for i, width in enumerate(widths):
-            if not fronts:
-                start = np.zeros(1), np.zeros(1)
-            elif before is not None:
-                start = before
-            else:
-                last = np.sqrt(_terms(problem, layer - 1) * noise[i]) * problem.coupling[layer - 1]
+            start: Points = np.zeros(1), np.zeros(1)
+            if fronts:
+                last = np.sqrt(before * noise[i]) * problem.coupling[layer - 1]
                 start = _merged([(cost, sums + term) for (cost, sums), term in zip(fronts, last, strict=True)], edge)
             costs = (start[0][:, None] + macs * width * widths).ravel()
             sums = (start[1][:, None] + noise[i] + rest).ravel()
             current.append(_pruned(costs, sums, edge))
-        fronts = current
+        fronts, before = current, noise
     return _merged(fronts, edge)
-
-
-def _terms(problem: "Problem", layer: int) -> np.ndarray:
-    """What the layer's weights add to S, for each width."""
-    return (problem.weight[layer] * problem.decay[2 * layer] ** -np.array(problem.widths, dtype=float)) ** problem.power
 
 
 def _merged(fronts: list[Points], edge: float) -> Points:

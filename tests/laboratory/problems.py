@@ -12,94 +12,61 @@ which saturates at both ends. With a fidelity, early epochs show an excess that 
 carry noise.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
 
 import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from analysis.pareto import hypervolume
-from tests.laboratory.exact import exact_front
+from tests.laboratory.exact import exact_front, separable_front
+from tests.laboratory.problem import BINS, Fidelity, Problem, Tables, layers_of
 from trainables.cost import Layer
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-ROLES = ("weight", "activation")
 BEST_ERROR, WORST_ERROR = 0.3, 0.999
-OBJECTIVES = {"loss": "min", "relative_bops": "min"}
+ERROR_SCALE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """What shorter trainings show, and how long they take.
+class Chain(Problem):
+    """ResNet-18, or other layers one after the other.
 
     Attributes:
-        epochs: of a whole training.
-        excess: of log10 S before the first epoch; it shrinks by `rate` with each epoch.
-        rate: factor of the excess from one epoch to the next, 0..1.
-        noise: standard deviation of each reported log10 S.
-        crossing: how much the curves of configurations differ, as the standard deviation of the logarithms of their
-            excess and of the epochs that they take; above 0 they cross, and an early loss may mislead.
-        epoch_s: mean length of an epoch in seconds of the simulated clock.
-        spread: standard deviation of the logarithm of a trial's speed.
-    """
-
-    epochs: int = 9
-    excess: float = 1.0
-    rate: float = 0.6
-    noise: float = 0.0
-    crossing: float = 0.0
-    epoch_s: float = 60.0
-    spread: float = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A network of layers whose loss is a formula.
-
-    Attributes:
-        layers: rows of a layer table.
         weight: SW of each layer, > 0.
         activation: SA of each layer, > 0.
         coupling: of each layer's weights with the next layer's, >= -1, (layers - 1,).
         decay: by what a further bit divides each parameter's noise, in the order of the space, (2 x layers,).
         power: S is the sum of the terms to this power, to the power of its inverse; couplings need 1.
         error: whether the loss is a top-1 error instead of log10 S.
-        told: sensitivities that a proposer may know, by address; they need not be true.
-        widths: in bits, ascending.
+        bits: that any parameter may have, ascending.
     """
 
-    layers: tuple[Layer, ...]
     weight: np.ndarray
     activation: np.ndarray
     coupling: np.ndarray
     decay: np.ndarray
     power: float = 1.0
     error: bool = False
-    told: Mapping[str, float] = field(default_factory=dict)
-    widths: tuple[int, ...] = WIDTHS
-    fidelity: Fidelity = Fidelity()
+    bits: tuple[int, ...] = WIDTHS
 
-    @cached_property
-    def space(self) -> dict[str, BaseDistribution]:
-        """Two parameters a layer."""
-        return {
-            f"bits/{layer.name}/{role}": CategoricalDistribution(self.widths) for layer in self.layers for role in ROLES
-        }
+    @property
+    def choices(self) -> list[tuple[int, ...]]:
+        return [self.bits] * (2 * len(self.layers))
 
-    def array(self, values: Mapping[str, int]) -> np.ndarray:
-        """Widths in the order of the space, shape (2 x layers,)."""
-        return np.array([values[address] for address in self.space])
-
-    def evaluate(self, bits: np.ndarray) -> np.ndarray:
-        """Columns loss and cost, both to be minimised, shape (n, 2); `bits` is (n, 2 x layers)."""
-        bits = np.asarray(bits, dtype=float)
+    def losses(self, bits: np.ndarray) -> np.ndarray:
         weight, activation = bits[:, 0::2], bits[:, 1::2]
         noise = self.weight * self.decay[0::2] ** -weight
         total = (noise**self.power).sum(axis=1)
         total += ((self.activation * self.decay[1::2] ** -activation) ** self.power).sum(axis=1)
         total += np.sqrt(noise[:, :-1] * noise[:, 1:]) @ self.coupling
-        return np.column_stack([self.loss(total), (weight * activation) @ self.macs / (64 * self.macs.sum())])
+        return self.loss(total)
+
+    def terms(self, layer: int) -> np.ndarray:
+        """What a layer's weights, and its activations, add to S without coupling, for each width, (2, widths)."""
+        sizes = np.array([[self.weight[layer]], [self.activation[layer]]])
+        return (sizes * self.decay[2 * layer : 2 * layer + 2, None] ** -np.array(self.bits, dtype=float)) ** self.power
 
     def loss(self, total: np.ndarray) -> np.ndarray:
         """Of a sum of terms; rises with it."""
@@ -114,29 +81,15 @@ class Problem:
         return 4.0**-3 * float(self.weight.sum() + self.activation.sum())
 
     @cached_property
-    def macs(self) -> np.ndarray:
-        """Of each layer."""
-        return np.array([layer.macs for layer in self.layers], dtype=float)
-
-    @cached_property
-    def reference(self) -> np.ndarray:
-        """The worst loss of all configurations, and 0.1 more; a cost of 1.1."""
-        return np.array([self.evaluate(np.full((1, 2 * len(self.layers)), self.widths[0]))[0, 0] + 0.1, 1.1])
-
-    @cached_property
     def front(self) -> np.ndarray:
         """The exact front, columns as in `evaluate`; with coupling to within 1/20,000 of the cost's range."""
-        costs, sums = exact_front(self, bins=20_000 if self.coupling.any() else None)
-        return np.column_stack([self.loss(sums), costs / (64 * self.macs.sum())])
-
-    @cached_property
-    def best(self) -> float:
-        """Hypervolume of the exact front."""
-        return hypervolume(self.front, self.reference)
-
-    def share(self, points: np.ndarray) -> float:
-        """Hypervolume of evaluated points as a share of the exact front's."""
-        return hypervolume(points, self.reference) / self.best if len(points) else 0.0
+        if self.coupling.any():
+            costs, sums = exact_front(self, bins=BINS)
+        else:
+            squares = np.outer(self.bits, self.bits).ravel()
+            noise = [np.add.outer(*self.terms(layer)).ravel() for layer in range(len(self.layers))]
+            costs, sums = separable_front([macs * squares for macs in self.macs], noise)
+        return np.column_stack([self.loss(sums), costs / self.widest])
 
 
 def resnet18() -> tuple[Layer, ...]:
@@ -169,7 +122,7 @@ def resnet18() -> tuple[Layer, ...]:
     )
 
 
-def additive(seed: int, layers: tuple[Layer, ...] | None = None) -> Problem:
+def additive(seed: int, layers: tuple[Layer, ...] | None = None) -> Chain:
     """Problem B1: independent layers, and a proposer that knows their sensitivities exactly."""
     layers = layers or resnet18()
     generator = np.random.default_rng([1, seed])
@@ -177,7 +130,7 @@ def additive(seed: int, layers: tuple[Layer, ...] | None = None) -> Problem:
     activation = generator.lognormal(0.0, 1.0, len(layers)) / 2
     weight[0], activation[0] = 8 * weight[0], 8 * activation[0]
     weight[-1] *= 4
-    problem = Problem(
+    problem = Chain(
         layers=layers,
         weight=weight,
         activation=activation,
@@ -187,34 +140,82 @@ def additive(seed: int, layers: tuple[Layer, ...] | None = None) -> Problem:
     return replace(problem, told=_true(problem))
 
 
-def misinformed(seed: int, sigma: float = 1.0) -> Problem:
+def misinformed(seed: int, sigma: float = 1.0) -> Chain:
     """B1, where the told sensitivities are off by lognormal factors."""
     problem = additive(seed)
     generator = np.random.default_rng([2, seed])
     return replace(problem, told={a: s * generator.lognormal(0.0, sigma) for a, s in problem.told.items()})
 
 
-def uninformed(seed: int) -> Problem:
+def uninformed(seed: int) -> Chain:
     """B1, where no sensitivities are told."""
     return replace(additive(seed), told={})
 
 
-def coupled(seed: int, layers: tuple[Layer, ...] | None = None) -> Problem:
+def coupled(seed: int, layers: tuple[Layer, ...] | None = None) -> Chain:
     """B1 with strong interactions of neighbours; what is told are the sensitivities without them."""
     problem = additive(seed, layers)
     return replace(problem, coupling=np.random.default_rng([3, seed]).uniform(-0.9, 3.0, len(problem.layers) - 1))
 
 
-def strange(seed: int) -> Problem:
+def strange(seed: int) -> Chain:
     """B1 with decays from 2 to 6 and terms that add as squares; told are the sensitivities."""
     problem = additive(seed)
     generator = np.random.default_rng([4, seed])
     return replace(problem, decay=generator.uniform(2.0, 6.0, len(problem.decay)), power=2.0)
 
 
-def noisy_error(seed: int) -> Problem:
+def noisy_error(seed: int) -> Chain:
     """A saturating top-1 error with noise of 0.3 %, and told sensitivities that are off by lognormal factors."""
-    return replace(misinformed(seed), error=True, fidelity=Fidelity(epochs=1, noise=0.003))
+    return replace(misinformed(seed), error=True, fidelity=Fidelity(epochs=1, noise=0.003), scale=ERROR_SCALE)
+
+
+def mixed(seed: int) -> Tables:
+    """Eight layers with choices and decays of their own, some of the same size, some of whose widths disappoint."""
+    generator = np.random.default_rng([5, seed])
+    sets = ((2, 4, 8), (3, 5, 6, 7), (2, 3, 4, 5, 6, 7, 8), (4, 8), (2, 8))
+    widths = [(sets[generator.integers(5)], sets[generator.integers(5)]) for _ in range(8)]
+    terms = []
+    for pair in widths:
+        sides = [
+            generator.lognormal(0.0, 1.3) * generator.uniform(2.0, 6.0) ** -np.array(side, dtype=float) for side in pair
+        ]
+        terms.append(np.add.outer(*sides) * generator.lognormal(0.0, 0.2, (len(pair[0]), len(pair[1]))))
+    layers = layers_of(1e6 * generator.choice((1, 4, 16), 8))
+    return Tables(layers=layers, widths=widths, terms=terms, outer=np.log10)
+
+
+def straight(seed: int) -> Tables:
+    """Twenty layers of an error that falls by as much with each bit: nothing quarters."""
+    generator = np.random.default_rng([6, seed])
+    bits = np.array(WIDTHS, dtype=float)
+    terms = [np.add.outer(*generator.lognormal(0.0, 1.3, (2, 1)) * (8 - bits)) for _ in range(20)]
+    worst = sum(float(each.max()) for each in terms)
+    return Tables(
+        layers=layers_of(1e6 * generator.integers(1, 20, 20)),
+        widths=[(WIDTHS, WIDTHS)] * 20,
+        terms=terms,
+        outer=lambda total: total / worst,
+        scale=ERROR_SCALE,
+    )
+
+
+def cliff(seed: int) -> Tables:
+    """Thirty layers, each of which ruins the accuracy below a width of its own, above it widths matter little."""
+    generator = np.random.default_rng([7, seed])
+    bits = np.arange(2.0, 9.0)
+    terms = []
+    for _ in range(30):
+        needed, harm = generator.integers(2, 6, 2), generator.lognormal(0.0, 0.5, 2)
+        sides = [h * np.where(bits < n, 1.0, 0.02 * 4.0 ** (n - bits)) for n, h in zip(needed, harm, strict=True)]
+        terms.append(np.add.outer(*sides))
+    return Tables(
+        layers=layers_of(1e7 * generator.lognormal(0.0, 1.0, 30)),
+        widths=[(tuple(range(2, 9)),) * 2] * 30,
+        terms=terms,
+        outer=lambda total: 0.1 - 0.9 * np.expm1(-total / 3),
+        scale=ERROR_SCALE,
+    )
 
 
 CURVES = {
@@ -225,16 +226,34 @@ CURVES = {
 """Learning curves by name; a problem is searched with one of them when trials may be stopped."""
 
 
-def _true(problem: Problem) -> dict[str, float]:
+def _true(problem: Chain) -> dict[str, float]:
     pairs = np.column_stack([problem.weight, problem.activation]).ravel()
     return dict(zip(problem.space, pairs.tolist(), strict=True))
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "exact": additive,
     "noise 1": misinformed,
     "coupled": coupled,
     "untold": uninformed,
     "strange": strange,
     "error": noisy_error,
+    "mixed": mixed,
+    "straight": straight,
+    "cliff": cliff,
 }
+
+
+@cache
+def problem_named(name: str, seed: int) -> Problem:
+    """A problem of the laboratory, or that of a function in a file, as `FILE.py:FUNCTION`."""
+    if name in PROBLEMS:
+        return PROBLEMS[name](seed)
+    path, _, function = name.rpartition(":")
+    assert path, f"no problem {name!r}: one of {', '.join(PROBLEMS)}, or FILE.py:FUNCTION"
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec, f"{path} is no Python file"
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)(seed)

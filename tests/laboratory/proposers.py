@@ -13,7 +13,7 @@ from raysearch.frontier import Frontier, Tried
 from raysearch.ledger import make_sampler
 from raysearch.proposals import random_values, uniform_proposals
 from tests.laboratory.clock import Proposer
-from tests.laboratory.problems import OBJECTIVES, Problem
+from tests.laboratory.problem import OBJECTIVES, Problem
 
 
 class Default:
@@ -80,19 +80,20 @@ class Plain:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             made = optuna.samplers.TPESampler(seed=seed) if sampler == "tpe" else make_sampler(sampler, seed, 50)
         self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=made)
-        self.places = {name: IntDistribution(0, len(problem.widths) - 1) for name in problem.space}
+        self.widths = dict(zip(problem.space, problem.choices, strict=True))
+        self.places = {name: IntDistribution(0, len(widths) - 1) for name, widths in self.widths.items()}
         self.running: list[tuple[dict[str, Any], optuna.Trial]] = []
 
     def ask(self) -> dict[str, Any] | None:
         trial = self.study.ask(self.places)
-        values = {name: self.problem.widths[place] for name, place in trial.params.items()}
+        values = {name: self.widths[name][place] for name, place in trial.params.items()}
         self.running.append((values, trial))
         return values
 
     def tell(self, values: Mapping[str, Any], losses: Sequence[float], complete: bool) -> None:
         place = next((i for i, (mine, _) in enumerate(self.running) if mine is values or mine == values), None)
         if place is None:  # it was stopped before
-            places = {name: self.problem.widths.index(values[name]) for name in self.places}
+            places = {name: widths.index(values[name]) for name, widths in self.widths.items()}
             told = optuna.trial.create_trial(
                 params=places, distributions=dict(self.places), values=self.objectives(values, losses)
             )
@@ -124,7 +125,8 @@ class RayOptuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         logging.getLogger("ray.tune.search.optuna.optuna_search").setLevel(logging.ERROR)
         self.problem, self.objective = problem, objective
-        places = {name.replace("/", ":"): IntDistribution(0, len(problem.widths) - 1) for name in problem.space}
+        self.widths = dict(zip(problem.space, problem.choices, strict=True))
+        places = {name.replace("/", ":"): IntDistribution(0, len(each) - 1) for name, each in self.widths.items()}
         self.searcher = OptunaSearch(places, metric="objective", mode="min", seed=seed)
         self.running: list[tuple[dict[str, Any], str]] = []
         self.asked = 0
@@ -134,7 +136,7 @@ class RayOptuna:
         self.asked += 1
         places = self.searcher.suggest(name)
         assert places is not None
-        values = {address: self.problem.widths[places[address.replace("/", ":")]] for address in self.problem.space}
+        values = {address: widths[places[address.replace("/", ":")]] for address, widths in self.widths.items()}
         self.running.append((values, name))
         return values
 

@@ -11,7 +11,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from analysis.pareto import hypervolume, non_dominated
 from raysearch.rungs import Rungs, ranks
 from tests.laboratory.clock import Never, Stopper
-from tests.laboratory.problems import Problem
+from tests.laboratory.problem import Problem
 
 
 class Ours:

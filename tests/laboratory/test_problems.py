@@ -2,6 +2,8 @@ import heapq
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.pareto import hypervolume, non_dominated
-from tests.laboratory.clock import Never, points, simulate
-from tests.laboratory.exact import exact_front
-from tests.laboratory.problems import CURVES, PROBLEMS, Fidelity, Problem, additive, coupled, resnet18, strange
+from tests.laboratory import problem as problem_module
+from tests.laboratory.clock import Never, points, repeated, simulate, wasted
+from tests.laboratory.exact import exact_front, separable_front
+from tests.laboratory.problem import BINS, Fidelity, Formula, Problem, Tables
+from tests.laboratory.problems import CURVES, PROBLEMS, Chain, additive, coupled, problem_named, resnet18, strange
 from tests.laboratory.proposers import PROPOSERS, Default, Random
 from trainables.cost import Layer
 
@@ -21,15 +25,20 @@ SMALL = tuple(
 law = settings(deadline=None, max_examples=25)
 
 
-def small(seed: int, *, joined: bool, power: float = 1.0) -> Problem:
+def small(seed: int, *, joined: bool, power: float = 1.0) -> Chain:
     """Three layers of three widths: 729 configurations."""
     problem = coupled(seed, SMALL) if joined else additive(seed, SMALL)
     decay = np.random.default_rng(seed).uniform(2, 6, 6)
-    return replace(problem, widths=(2, 4, 8), decay=decay, power=1.0 if joined else power)
+    return replace(problem, bits=(2, 4, 8), decay=decay, power=1.0 if joined else power)
 
 
-def every(problem: Problem) -> np.ndarray:
-    return problem.evaluate(np.array(list(product(problem.widths, repeat=2 * len(problem.layers)))))
+def every(problem: Chain) -> np.ndarray:
+    return problem.evaluate(np.array(list(product(*problem.choices))))
+
+
+def some_rows(problem: Problem, count: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return np.column_stack([generator.choice(widths, count) for widths in problem.choices])
 
 
 def test_the_network_is_resnet18() -> None:
@@ -44,36 +53,39 @@ def test_the_network_is_resnet18() -> None:
 def test_the_exact_front_is_that_of_all_configurations(seed: int, joined: bool, power: float) -> None:
     problem = small(seed, joined=joined, power=power)
     costs, sums = exact_front(problem)
-    found = np.column_stack([problem.loss(sums), costs / (64 * problem.macs.sum())])
     values = every(problem)
     front = values[non_dominated(values)]
-    assert hypervolume(found, problem.reference) == pytest.approx(hypervolume(front, problem.reference), rel=1e-12)
-    assert found[np.argsort(found[:, 1])] == pytest.approx(front[np.argsort(front[:, 1])], rel=1e-9)
+    front = front[np.argsort(front[:, 1])]
+    for found in (np.column_stack([problem.loss(sums), costs / problem.widest]), problem.front):
+        assert hypervolume(found, problem.reference) == pytest.approx(hypervolume(front, problem.reference), rel=1e-12)
+        assert found[np.argsort(found[:, 1])] == pytest.approx(front, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bins_lose_less_than_a_ten_thousandth_of_the_hypervolume(seed: int) -> None:
     problem = additive(seed)
-    costs, sums = exact_front(problem, bins=20_000)
-    binned = np.column_stack([problem.loss(sums), costs / (64 * problem.macs.sum())])
+    squares = np.outer(problem.bits, problem.bits).ravel()
+    terms = [np.add.outer(*problem.terms(layer)).ravel() for layer in range(len(problem.layers))]
+    costs, sums = separable_front([macs * squares for macs in problem.macs], terms, edge=problem.widest / BINS)
+    binned = np.column_stack([problem.loss(sums), costs / problem.widest])
     assert 1 - 1e-4 < problem.share(binned) <= 1
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_nothing_that_is_evaluated_lies_beyond_the_exact_front(name: str) -> None:
     problem = PROBLEMS[name](3)
-    bits = np.random.default_rng(0).choice(problem.widths, (300, 42))
+    bits = some_rows(problem, 300)
     both = np.concatenate([problem.front, problem.evaluate(bits)])
     assert problem.share(both) == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_problem_is_the_same_for_the_same_seed(name: str) -> None:
-    bits = np.random.default_rng(0).choice((2, 8), (5, 42))
     first, again, other = PROBLEMS[name](1), PROBLEMS[name](1), PROBLEMS[name](2)
-    assert np.array_equal(first.evaluate(bits), again.evaluate(bits))
+    values = [problem.evaluate(some_rows(problem, 3)) for problem in (first, again, other)]
+    assert np.array_equal(values[0], values[1])
     assert first.told == again.told
-    assert not np.array_equal(first.evaluate(bits)[:, 0], other.evaluate(bits)[:, 0])
+    assert not np.array_equal(values[0], values[2])
 
 
 @law
@@ -183,6 +195,10 @@ def test_curves_cross_and_are_those_of_the_configuration(name: str) -> None:
         ("noise 1", 200, 0.97, 32),
         ("coupled", 200, 0.95, 32),
         ("untold", 200, 0.97, 32),
+        ("strange", 200, 0.98, 32),
+        ("mixed", 200, 0.97, 32),
+        ("straight", 200, 0.94, 32),
+        ("cliff", 200, 0.85, 32),
     ],
 )
 def test_the_default_proposer_reaches_its_bars(name: str, trials: int, bar: float, concurrent: int) -> None:
@@ -191,19 +207,48 @@ def test_the_default_proposer_reaches_its_bars(name: str, trials: int, bar: floa
     assert problem.share(points(run)) >= bar
 
 
-@pytest.mark.parametrize(("name", "most"), [("noise 1", 10), ("coupled", 10), ("error", 60)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("noise 1", 2), ("coupled", 4), ("error", 40), ("strange", 20), ("mixed", 25), ("straight", 25)]
+)
 def test_many_trials_at_the_same_time_repeat_nothing_and_waste_little(name: str, most: int) -> None:
     """Waste is a trial that a trial dominates which had ended before it was proposed; of random search it is 150."""
     problem = PROBLEMS[name](0)
     run = simulate(problem, Default(problem, 0), trials=200, concurrent=32, seed=0)
-    assert len({tuple(trial.values.values()) for trial in run}) == 200
-    wasted = [
-        trial.number
-        for trial in run
-        if any(
-            other.ended_s <= trial.started_s and other.loss <= trial.loss and other.cost <= trial.cost
-            for other in run
-            if other.ended_s is not None and other is not trial
-        )
+    assert repeated(run) == []
+    assert len(wasted(run)) <= most
+
+
+def test_waste_and_repetition_are_those_counted_by_hand() -> None:
+    problem = replace(additive(0), fidelity=Fidelity(epochs=1))
+    run = simulate(problem, Random(problem, 0), trials=60, concurrent=4)
+    run[30].values.update(run[2].values)
+    assert repeated(run) == [30]
+    expected = [
+        a.number
+        for a in run
+        if any((b.ended_s or 0.0) <= a.started_s and b.loss <= a.loss and b.cost <= a.cost for b in run)
     ]
-    assert len(wasted) <= most
+    assert wasted(run) == expected
+    assert len(expected) > 20
+
+
+@law
+@given(seed=st.integers(0, 10**6))
+def test_a_formula_and_tables_of_the_same_loss_have_the_same_front(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    widths = [((2, 4, 8), (4, 8)), ((3, 5), (3, 5, 8)), ((2, 3), (2,))]
+    terms = [generator.integers(1, 9, tuple(map(len, pair))).astype(float) for pair in widths]
+    tables = Tables(layers=SMALL, widths=widths, terms=terms, outer=np.log10)
+    formula = Formula(layers=SMALL, widths=tables.choices, formula=tables.losses)
+    assert hypervolume(tables.front, tables.reference) == pytest.approx(hypervolume(formula.front, tables.reference))
+    assert tables.share(formula.front) == pytest.approx(1.0)
+
+
+def test_a_problem_of_ones_own_is_one_file_with_a_function_of_the_seed(tmp_path: Path) -> None:
+    text = str(problem_module.__doc__)
+    lines = text[text.index("# mine.py") : text.index("Any other loss")]
+    (tmp_path / "mine.py").write_text(dedent("    " + lines))
+    problem = problem_named(f"{tmp_path}/mine.py:make", 3)
+    run = simulate(problem, Default(problem, 0), trials=120, concurrent=4)
+    assert problem.share(points(run)) == pytest.approx(1.0)
+    assert repeated(run) == []

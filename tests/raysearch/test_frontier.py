@@ -173,13 +173,13 @@ def test_a_staircase_is_the_front_without_repetition(points: list[tuple[int, int
 def test_the_model_finds_the_true_sensitivities_from_more_trials_than_parameters(name: str) -> None:
     problem = PROBLEMS[name](0)
     generator = np.random.default_rng(0)
-    bits, unseen = generator.choice(problem.widths, (2, 120, 42)).astype(float)
+    bits, unseen = generator.choice(problem.bits, (2, 120, 42)).astype(float)
     prior = np.array([problem.told.get(address, 1.0) for address in problem.space])
     model = fit(bits, problem.evaluate(bits)[:, 0], prior)
     assert model.predict(unseen) == pytest.approx(problem.evaluate(unseen)[:, 0], abs=1e-3)
     true = np.log(np.column_stack([problem.weight, problem.activation]).ravel())
     found = np.log(model.sensitivities)
-    assert found - found.mean() == pytest.approx(true - true.mean(), abs=0.05)
+    assert found - found.mean() == pytest.approx(true - true.mean(), abs=0.1)
 
 
 def test_the_model_trusts_right_sensitivities_and_distrusts_wrong_ones() -> None:
@@ -241,7 +241,7 @@ def test_cost_is_proportional_to_that_of_the_convention() -> None:
 def test_a_failed_trial_counts_as_the_worst_and_a_pruned_one_only_as_taken() -> None:
     problem = PROBLEMS["untold"](0)
     frontier = Frontier(problem.space, problem.layers, {"loss": "min", "bops": "min"})
-    rows = np.random.default_rng(1).choice(problem.widths, (30, 42)).tolist()
+    rows = np.random.default_rng(1).choice(problem.choices[0], (30, 42)).tolist()
     good = [
         Tried(values=dict(zip(problem.space, row, strict=True)), quality=float(problem.evaluate([row])[0, 0]))
         for row in rows
