@@ -14,7 +14,24 @@ def caveats(groups: Mapping[str, Sequence[Swept]]) -> list[str]:
     Args:
         groups: name of each question to its sweeps, one for each seed.
     """
-    return [*_about_splits(groups), *_about_seeds(groups), *_about_equality(groups), *_about_gaps(groups)]
+    return [
+        *_about_sharing(groups),
+        *_about_splits(groups),
+        *_about_seeds(groups),
+        *_about_equality(groups),
+        *_about_gaps(groups),
+    ]
+
+
+def _about_sharing(groups: Mapping[str, Sequence[Swept]]) -> Iterator[str]:
+    for sweep in _all(groups):
+        search = sweep.description.get("search")
+        if search is not None:
+            images = f" on {search['images']} validation images" if search["images"] else ""
+            yield (
+                f"{sweep.name}: accuracies{images} are those of the shared weights of one network, which rank points "
+                "rather than measure them: `raysearch supernet finetune` trains points alone and says how well."
+            )
 
 
 def _about_splits(groups: Mapping[str, Sequence[Swept]]) -> Iterator[str]:
@@ -67,9 +84,14 @@ def _about_gaps(groups: Mapping[str, Sequence[Swept]]) -> Iterator[str]:
         ended = len({record["trial"] for record in sweep.records})
         wanted = sweep.description.get("trials", ended)
         gaps = [f"{failed} failed"] * bool(failed) + [f"{pruned} stopped early"] * bool(pruned)
-        gaps += [f"{wanted - ended} of {wanted} not there yet"] * (ended < wanted)
+        gaps += [f"{wanted - ended} of {wanted} not there yet"] * (ended < wanted and not sweep.over)
         if gaps:
             yield f"{sweep.name}: of its trials, {', '.join(gaps)}."
+        if ended < wanted and sweep.over:
+            why = (
+                "the budget of epochs was spent" if sweep.asked.get("epoch_budget") else "there was nothing else to try"
+            )
+            yield f"{sweep.name}: {ended} trials instead of {wanted}, for {why}."
 
 
 def _all(groups: Mapping[str, Sequence[Swept]]) -> list[Swept]:

@@ -148,7 +148,8 @@ class Front:
         further = {name: "max" if name == "accuracy" else "min" for name in wanted if name not in self.objectives}
         further |= {name: way for name, way in own.items() if name in self.rows and name not in self.objectives}
         front = Front.of(self.rows, {**self.objectives, **further}) if further else self
-        return pick(front.to_pandas(), **given, within=within, weights=weights, limits=limits)
+        measures = {name: self.objectives.get(name, "min") for name in own_columns(self.rows)}
+        return pick(front.to_pandas(), **given, within=within, weights=weights, limits=limits, own=measures)
 
     def knee(self) -> pd.Series:
         """The point behind which each objective gains little for what the others lose, see `analysis.tradeoff`.
@@ -156,8 +157,12 @@ class Front:
         Raises:
             ValueError: the front is empty.
         """
-        known = [name for name in self.objectives if name in OBJECTIVES]  # what others are worth, nobody said
-        return pick(self.to_pandas(), weights=balanced(known or ["accuracy"]))
+        return pick(self.to_pandas(), weights=self.knee_weights)
+
+    @property
+    def knee_weights(self) -> dict[str, float]:
+        """Weights of the knee: of the usual objectives, for nobody said what a person's own measures are worth."""
+        return balanced([name for name in self.objectives if name in OBJECTIVES] or ["accuracy"])
 
     def marks(self) -> dict[str, int]:
         """Positions in `to_pandas` of the points that people ask for by name; none for an empty front.
@@ -267,6 +272,25 @@ def human_count(count: float) -> str:
     return f"{count:.0f}" if power == 0 else f"{_three_digits(count / 1000**power)} {'kMGT'[power - 1]}"
 
 
+def human_number(value: float) -> str:
+    """A number with four digits, written out unless it is very large or very small.
+
+    >>> human_number(18881.3), human_number(0.01234567), human_number(1.5e12)
+    ('18880', '0.01235', '1.5e+12')
+    """
+    written_out = 1e-4 <= abs(value) < 1e9
+    return np.format_float_positional(float(f"{value:.4g}"), trim="-") if written_out else f"{value:.4g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "point"), counted(3, "point")
+    ('1 point', '3 points')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
@@ -318,7 +342,7 @@ def _readable(points: pd.DataFrame) -> pd.DataFrame:
         "relative_bops": ("relative BOPs", lambda value: f"{_three_digits(100 * value)} %"),
         "bops": ("BOPs", human_count),
         "size_bytes": ("size", human_bytes),
-        **{name: (name, lambda value: f"{value:.4g}") for name in own},
+        **{name: (name, human_number) for name in own},
         "bits": ("bits", _elided),
         "source": ("source", str),
     }

@@ -128,6 +128,7 @@
     if (points.test[index]) rows.push(["test accuracy", points.test[index]]);
     rows.push(["relative BOPs", `${digits(100 * points.relative_bops[index])} %`], ["BOPs", count(points.bops[index])]);
     rows.push(["size", bytes(points.size_bytes[index])]);
+    for (const [name, values] of Object.entries(points.own)) rows.push([name, values[index] === null ? "–" : digits(values[index], 4)]);
     return element("dl", { class: "facts" }, ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
   }
   function heading(index) {
@@ -168,26 +169,26 @@
   }
 
   // ---- charts ----
-  function stairs(indices, cost) { // those that are the most accurate at no more than their cost, by rising cost
+  function stairs(indices, cost, less) { // those that are the most accurate at no more than their cost, by rising cost
     const kept = [];
     let best = -1;
-    for (const index of [...indices].sort((a, b) => cost[a] - cost[b] || points.accuracy[b] - points.accuracy[a]))
+    for (const index of [...indices].sort((a, b) => (less ? cost[a] - cost[b] : cost[b] - cost[a]) || points.accuracy[b] - points.accuracy[a]))
       if (points.accuracy[index] > best) { kept.push(index); best = points.accuracy[index]; }
     return kept;
   }
   const charts = {
     front(figure, chart) {
-      const cost = points[chart.cost], all = figure.closest("section").querySelector("input.all");
-      const every = [...points.trial.keys()].filter((index) => cost[index] > 0);
+      const cost = points[chart.cost] || points.own[chart.cost], log = chart.x.log, all = figure.closest("section").querySelector("input.all");
+      const every = [...points.trial.keys()].filter((index) => cost[index] !== null && (!log || cost[index] > 0));
       const front = every.filter((index) => points.front[index]);
       const near = limits(front.map((index) => points.accuracy[index]), false, 0.35);
       const inside = all.checked ? every : every.filter((index) => points.front[index] || points.accuracy[index] >= near[0]);
       const budget = chart.budget;
       const seen = inside.map((index) => cost[index]);
-      const [left, right] = limits(budget ? [...seen, budget] : seen, true, 0.05);
+      const [left, right] = limits(budget ? [...seen, budget] : seen, log, 0.05);
       let [low, high] = limits(inside.map((index) => points.accuracy[index]), false, 0.07);
       high = Math.min(high, Math.max(1, ...front.map((index) => points.accuracy[index])) + (high - low) * 0.03);
-      const { svg, x, y, box } = board(figure, { ...chart.x, log: true, low: left, high: right },
+      const { svg, x, y, box } = board(figure, { ...chart.x, low: left, high: right },
         { label: "validation accuracy", unit: "percent", low, high }, 360, chart.label);
       if (budget) {
         const at = x.place(budget), end = at > box.right - 120;
@@ -195,7 +196,11 @@
         svg.append(text(at + (end ? -6 : 6), box.bottom - 8, `budget ${chart.budget_words}`, { class: "budget", "text-anchor": end ? "end" : "start" }));
       }
       const dots = new Map();
+      const taken = new Set(); // of faint dots that cover each other the first is drawn: more would look like a full one
       const dot = (index, more) => {
+        const spot = `${Math.round(x.place(cost[index]))} ${Math.round(y.place(points.accuracy[index]))}`;
+        if (more.class === "dominated" && taken.has(spot)) return;
+        taken.add(spot);
         const circle = element("circle", { cx: x.place(cost[index]).toFixed(1), cy: y.place(points.accuracy[index]).toFixed(1), ...more });
         dots.set(index, circle);
         svg.append(circle);
@@ -203,9 +208,9 @@
       for (const index of inside) if (!points.front[index])
         dot(index, { r: 3, fill: data.series[points.series[index]].color, "fill-opacity": 0.2, class: "dominated" });
       data.series.forEach((series, number) => {
-        const mine = front.filter((index) => points.series[index] === number), on = stairs(mine, cost);
+        const mine = front.filter((index) => points.series[index] === number), on = stairs(mine, cost, chart.less);
         if (on.length) {
-          const path = steps(on.map((index) => [cost[index], points.accuracy[index]]), x, y, box.right);
+          const path = steps(on.map((index) => [cost[index], points.accuracy[index]]), x, y, chart.less ? box.right : box.left);
           svg.append(element("path", { d: path, fill: "none", stroke: series.color, "stroke-width": 1.6, class: "stairs" }));
         }
         const full = new Set(on);
@@ -296,6 +301,7 @@
       const layers = data.networks[chart.network], columns = chart.points;
       const left = 14 + Math.min(170, Math.max(...layers.map((layer) => layer.length)) * 6.6);
       const width = Math.max(280, figure.clientWidth), cell = Math.min(46, (width - left - 14) / columns.length);
+      const one = columns.length > 1 && columns.every((index) => points.run[index] === points.run[columns[0]] && points.trial[index] === points.trial[columns[0]]);
       const row = layers.length > 24 ? 15 : 22, top = 24, height = top + row * layers.length + 58;
       const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": chart.label });
       svg.append(text(left, 14, chart.role ? "activations (bits)" : "weights (bits)", { class: "title" }));
@@ -318,10 +324,10 @@
         });
         const below = top + row * layers.length, knee = (data.marks[index] || []).includes("knee");
         if (knee) svg.append(element("path", { d: `M${x + cell / 2},${below + 3}l4.5,7h-9z`, fill: RED, class: "knee" }));
-        if (cell >= 15) svg.append(text(x + cell / 2, below + 22, String(points.trial[index]),
+        if (cell >= 15) svg.append(text(x + cell / 2, below + 22, one ? points.label[index].replace("-bit", "") : String(points.trial[index]),
           { "text-anchor": "middle", "font-size": 10.5, class: knee ? "mark" : "" }));
       });
-      const words = cell >= 15 ? "trial, by rising BOPs" : `${columns.length} points, by rising BOPs`;
+      const words = cell >= 15 ? `${one ? `point of trial ${points.trial[columns[0]]}` : "trial"}, by rising BOPs` : `${columns.length} points, by rising BOPs`;
       svg.append(text(left, height - 16, words, { class: "title" }));
       const frame = element("rect", { fill: "none", stroke: "#1b2430", "stroke-width": 2, rx: 3, visibility: "hidden", y: top - 1, height: row * layers.length + 2, width: cell + 1 });
       svg.append(frame);

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.rows import numbers
-from analysis.tradeoff import check_weights, scores
+from analysis.tradeoff import NOTHING, check_weights, scores
 
 _ROUNDING = 1e-12
 """Accuracies are quotients: 0.98 - 0.975 is not quite 0.005."""
@@ -118,6 +118,7 @@ def pick(
     within: float | None = None,
     weights: Mapping[str, float] | None = None,
     limits: Sequence[str] = (),
+    own: Mapping[str, str] = NOTHING,
 ) -> pd.Series:
     """The most accurate point that fits every limit; with `min_accuracy` alone, the point with the fewest BOPs.
 
@@ -133,6 +134,7 @@ def pick(
         within: the fewest BOPs among the points whose accuracy is at most this much below that of the best, 0..1.
         weights: the smallest score of `tradeoff.scores`, scaled on the whole front; `tradeoff.balanced` gives the knee.
         limits: on any other column of numbers, as `latency<=12.5`.
+        own: a person's own measures that weights may name, and their directions.
 
     Raises:
         ValueError: a limit is negative, not finite, or a share above 1; the frame lacks its column; both rules; or
@@ -145,13 +147,15 @@ def pick(
         for limit, value in zip(_LIMITS, (max_bops, max_relative_bops, max_size_bytes, min_accuracy), strict=True)
         if value is not None
     } | {parsed(text): bound(text) for text in limits}
-    _check(front_frame, given, within, weights)
+    if weights is not None:
+        check_weights(weights, own)
+    _check(front_frame, given, within)
     fits = _fitting(front_frame, given)
     if not fits.any():
         raise ValueError(_why_nothing_fits(front_frame, given))
     left = front_frame[fits]
     if weights is not None:
-        ranked = left.assign(_score=scores(front_frame, weights)[fits])
+        ranked = left.assign(_score=scores(front_frame, weights, own)[fits])
         return _first(ranked, ["_score", "bops", "size_bytes"]).drop("_score")
     if within is not None:
         accuracy = numbers(left, ["accuracy"])[:, 0]
@@ -176,15 +180,11 @@ def _first(frame: pd.DataFrame, keys: list[str]) -> pd.Series:
     return frame.sort_values(keys, ascending=ascending, kind="stable").astype(object).iloc[0]
 
 
-def _check(
-    frame: pd.DataFrame, given: dict[_Limit, float], within: float | None, weights: Mapping[str, float] | None
-) -> None:
+def _check(frame: pd.DataFrame, given: dict[_Limit, float], within: float | None) -> None:
     if frame.empty:
         raise ValueError("the front has no points to pick from: no trial is complete")
     if within is not None and not 0 <= within <= 1:
         raise ValueError(f"within = {within:g}: give a share within 0..1 (half a point of accuracy is 0.005)")
-    if weights is not None:
-        check_weights(weights)
     for limit, value in given.items():
         if limit in _LIMITS and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{limit.argument} = {value:g}: give a number >= 0")

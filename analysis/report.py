@@ -5,6 +5,7 @@ get one colour; what is said of a question is said with the spread over its seed
 """
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ import pandas as pd
 
 from analysis import comparison, confidence
 from analysis.caveats import caveats
-from analysis.front import Front, human_bytes, human_count, short_bits
+from analysis.front import Front, counted, human_bytes, human_count, human_number, short_bits
 from analysis.page import COLORS, Page, color, panels, table
-from analysis.pareto import bounded
+from analysis.pareto import bounded, non_dominated
+from analysis.pick import bound, parsed
+from analysis.rows import numbers, own_columns
 from analysis.swept import Swept, groups
 
 MARKS = {"knee": "Knee", "most-accurate": "Most accurate", "fewest-bops": "Fewest BOPs", "smallest": "Smallest"}
@@ -34,6 +37,14 @@ class _Content:
     points: pd.DataFrame
     marks: Mapping[int, list[str]]
     networks: list[list[str]]
+
+    @property
+    def own(self) -> list[str]:
+        """Names of a person's own measures, and of other objectives that are not among the usual ones."""
+        asked = [
+            name for name in self.front.objectives if name not in ("accuracy", "bops", "relative_bops", "size_bytes")
+        ]
+        return list(dict.fromkeys([*asked, *own_columns(self.points)]))
 
 
 def report(sweeps: Sequence[Swept], title: str) -> str:
@@ -105,6 +116,7 @@ def _data(content: _Content) -> dict[str, Any]:
             "relative_bops": points["relative_bops"].astype(float).tolist(),
             "bops": points["bops"].tolist(),
             "size_bytes": points["size_bytes"].tolist(),
+            "own": {name: numbers(points, [name])[:, 0].tolist() for name in content.own},
             "network": [
                 content.networks.index(_layers(bits)) if isinstance(bits, Mapping) else 0 for bits in points["bits"]
             ],
@@ -122,9 +134,8 @@ def _lead(content: _Content) -> str:
     sweeps = content.sweeps
     parts = [", ".join(dict.fromkeys(str(sweep.description.get(name, "")) for sweep in sweeps)) for name in _FACTS]
     trials = sum(sweep.count("complete") for sweep in sweeps)
-    head = (
-        f"{parts[0]} on {parts[1]}, {parts[2]}: {len(content.front)} points on the front of {trials} completed trials"
-    )
+    members, ended = counted(len(content.front), "point"), counted(trials, "completed trial")
+    head = f"{parts[0]} on {parts[1]}, {parts[2]}: {members} on the front of {ended}"
     front = content.front
     volume = f", hypervolume {front.hypervolume():.4f}" if bounded(front.objectives, front.reference) else ""
     return head + (f" in {len(sweeps)} sweeps" if len(sweeps) > 1 else "") + volume + "."
@@ -156,20 +167,22 @@ def _front_section(page: Page, content: _Content) -> None:
     budgets = _budgets(content.sweeps)
     legend = [_swatch(s["color"], s["name"]) for s in page.data["series"]] if len(content.groups) > 1 else []
     points = content.points
+    costs = {"relative_bops": ("relative BOPs", "percent"), "size_bytes": ("size", "bytes")}
+    costs |= {name: (name, "plain") for name in content.own if name in content.front.objectives}
     gray_or_blue = "#5b6675" if len(content.groups) > 1 else COLORS[0]
     legend.append(_swatch(gray_or_blue, "on the front"))
-    if points["front"].sum() > 2:
-        legend.append(_swatch(gray_or_blue, "on the front by the other cost", "hollow"))
+    if any(_below_a_staircase(points[points["front"]], cost) for cost in costs):
+        legend.append(_swatch(gray_or_blue, "on the front by another cost", "hollow"))
     if not points["front"].all():
         legend.append(_swatch(gray_or_blue, "dominated", "faint"))
     legend.append('<label><input type="checkbox" class="all"> all points</label>')
-    costs = {"relative_bops": ("relative BOPs", "percent"), "size_bytes": ("size", "bytes")}
     charts = [
         page.chart(
             "front",
             f"Validation accuracy against {label}",
             cost=cost,
-            x={"label": label, "unit": unit},
+            x={"label": label, "unit": unit, "log": cost not in content.own or bool((points[cost] > 0).all())},
+            less=content.front.objectives.get(cost) != "max",
             budget=budgets.get(cost),
             budget_words=_words(cost, budgets[cost]) if cost in budgets else None,
         )
@@ -186,6 +199,12 @@ def _front_section(page: Page, content: _Content) -> None:
     )
 
 
+def _below_a_staircase(members: pd.DataFrame, cost: str) -> bool:
+    """Whether a point of a front is there by another cost than this one."""
+    fronts = (numbers(rows, [cost, "accuracy"]) * (1, -1) for _, rows in members.groupby("series"))
+    return not all(non_dominated(values).all() for values in fronts)
+
+
 def _front_table(content: _Content) -> str:
     points = content.points[content.points["best"]].sort_values(
         ["accuracy", "bops", "size_bytes", "trial"], ascending=[False, True, True, True], kind="stable"
@@ -194,6 +213,7 @@ def _front_table(content: _Content) -> str:
     tested = "test_accuracy" in points and bool(points["test_accuracy"].notna().any())
     columns = {"": True, "sweep": True, "trial": False, "point": True, "validation accuracy": False}
     columns |= {"test accuracy": False, "relative BOPs": False, "BOPs": False, "size": False}
+    columns |= dict.fromkeys(content.own, False)
     columns |= {"bits (weights/activations)": True, "source": True}
     shown = {"sweep": several, "point": labelled, "test accuracy": tested}
     rows = []
@@ -213,6 +233,7 @@ def _front_table(content: _Content) -> str:
             "relative BOPs": (f"{100 * row['relative_bops']:.3g} %", row["relative_bops"]),
             "BOPs": (human_count(row["bops"]), row["bops"]),
             "size": (human_bytes(row["size_bytes"]), row["size_bytes"]),
+            **{name: _own_cell(row[name]) for name in content.own},
             "bits (weights/activations)": f'<span title="{html.escape(bits)}">{html.escape(bits)}</span>',
             "source": html.escape(str(row.get("source") or "")),
         }
@@ -246,10 +267,14 @@ def _bits_section(page: Page, content: _Content) -> None:
 
 
 def _progress_section(page: Page, content: _Content) -> None:
-    charts = []
-    if all(sweep.history is not None for sweep in content.sweeps):
+    charts, lead = [], []
+    if all(sweep.history is not None and len(sweep.history) > 1 for sweep in content.sweeps):
         charts.append(comparison.hypervolume_chart(page, content.groups))
-    if len(content.sweeps) == 1:
+        lead.append(
+            "Hypervolume: how much of the space between a useless network and a perfect free one a front covers."
+        )
+    if len(content.sweeps) == 1 and content.sweeps[0].importances:
+        lead.append("Importance: which share of an objective's variance over the trials a parameter explains.")
         for objective, shares in content.sweeps[0].importances.items():
             top = sorted(shares.items(), key=lambda pair: -pair[1])[:12]
             charts.append(
@@ -263,10 +288,7 @@ def _progress_section(page: Page, content: _Content) -> None:
                 )
             )
     if charts:
-        lead = "Hypervolume: how much of the space between a useless network and a perfect free one the front covers."
-        if len(charts) > 1:
-            lead += " Importance: which share of an objective's variance over the trials a parameter explains."
-        page.section("Progress", panels(*charts), lead=lead)
+        page.section("Progress", panels(*charts), lead=" ".join(lead))
 
 
 def _configuration(sweep: Swept) -> str:
@@ -275,9 +297,8 @@ def _configuration(sweep: Swept) -> str:
     if git:
         fields["commit"] = f"{git['commit']}{' with changes' if git.get('dirty') else ''}"
     rows = [[html.escape(name), html.escape(_text(value))] for name, value in fields.items() if value is not None]
-    command = f"raysearch sweep --from {sweep.folder}"
     return (
-        f"<details><summary>{html.escape(sweep.name)}</summary><pre><code>{html.escape(command)}</code></pre>"
+        f"<details><summary>{html.escape(sweep.name)}</summary><pre><code>{html.escape(sweep.command)}</code></pre>"
         f"{table({'field': True, 'value': True}, rows)}</details>"
     )
 
@@ -295,11 +316,18 @@ def _budget(sweep: Swept) -> dict[str, float]:
         shares.append(asked["max_bops"] / (1024 * macs))
     share = min((share for share in shares if share is not None), default=None)
     limits = {"relative_bops": share, "size_bytes": asked.get("max_size_bytes")}
+    limits |= {parsed(text).column: bound(text) for text in asked.get("limits") or ()}
     return {cost: float(limit) for cost, limit in limits.items() if limit}
 
 
 def _words(cost: str, value: float) -> str:
-    return human_bytes(value) if cost == "size_bytes" else f"{100 * value:.3g} %"
+    if cost == "size_bytes":
+        return human_bytes(value)
+    return f"{100 * value:.3g} %" if cost == "relative_bops" else human_number(value)
+
+
+def _own_cell(value: float | None) -> str | tuple[str, float]:
+    return "–" if value is None or pd.isna(value) else (human_number(value), value)
 
 
 def _test_words(row: Mapping[Any, Any]) -> str:
@@ -338,7 +366,8 @@ def _flat(bits: Any) -> list[int] | None:
 
 
 def _list(lines: Sequence[str]) -> str:
-    return f'<ul class="caveats">{"".join(f"<li>{html.escape(line)}</li>" for line in lines)}</ul>'
+    shown = (re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line)) for line in lines)
+    return f'<ul class="caveats">{"".join(f"<li>{line}</li>" for line in shown)}</ul>'
 
 
 def _text(value: Any) -> str:

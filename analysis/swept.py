@@ -26,6 +26,8 @@ class Swept:
         records: all records, also those without a point.
         importances: objective to parameter to its share of the objective's variance, 0..1; empty if unknown.
         kept: trials whose checkpoint is there.
+        command: repeats it.
+        over: whether it has ended, though it may have fewer trials than were asked for.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Swept:
     records: Sequence[Mapping[str, Any]]
     importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     kept: frozenset[int] = frozenset()
+    command: str = ""
+    over: bool = False
 
     @property
     def objectives(self) -> dict[str, str]:

@@ -16,13 +16,16 @@ import pandas as pd
 
 from analysis.rows import OBJECTIVES, numbers
 
+NOTHING: Mapping[str, str] = {}
 
-def scores(frame: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
+
+def scores(frame: pd.DataFrame, weights: Mapping[str, float], own: Mapping[str, str] = NOTHING) -> np.ndarray:
     """What each point gives up under these weights, shape (points,), 0 for a point that is best in all of them.
 
     Args:
         frame: the points of a front, with a column for each weight.
         weights: objective to weight, >= 0, at least one > 0; only their ratios matter.
+        own: further names that are allowed, a person's own measures, and their directions.
 
     Raises:
         ValueError: no such objective, a weight that is negative or not finite, or none above 0.
@@ -31,11 +34,11 @@ def scores(frame: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
     >>> scores(front, {"accuracy": 1, "bops": 1}).round(3).tolist()
     [0.5, 0.292, 0.5]
     """
-    check_weights(weights)
+    check_weights(weights, own)
     missing = [name for name in weights if name not in frame]
     if missing:
         raise ValueError(f"weights name {', '.join(missing)}: the points have no such column")
-    values = np.column_stack([_scaled(numbers(frame, [name])[:, 0], name) for name in weights])
+    values = np.column_stack([_scaled(numbers(frame, [name])[:, 0], name, own.get(name)) for name in weights])
     given = np.array(list(weights.values()), dtype=float)
     return (values @ (given / given.sum())).round(12)  # what is equal shall be a tie
 
@@ -51,15 +54,16 @@ def balanced(objectives: Iterable[str]) -> dict[str, float]:
     return {name: 1 / (len(gains) if name in gains else len(names) - len(gains)) for name in names}
 
 
-def check_weights(weights: Mapping[str, float]) -> None:
+def check_weights(weights: Mapping[str, float], own: Iterable[str] = ()) -> None:
     """Refuse weights that rank nothing.
 
     Raises:
         ValueError: see `scores`.
     """
-    unknown = [name for name in weights if name not in OBJECTIVES]
+    known = [*OBJECTIVES, *own]
+    unknown = [name for name in weights if name not in known]
     if unknown:
-        raise ValueError(f"weights name {', '.join(unknown)}: give {', '.join(OBJECTIVES)}")
+        raise ValueError(f"weights name {', '.join(unknown)}: give {', '.join(known)}")
     wrong = [f"{name} = {value:g}" for name, value in weights.items() if not (math.isfinite(value) and value >= 0)]
     if wrong:
         raise ValueError(f"weights {', '.join(wrong)}: give numbers >= 0")
@@ -67,9 +71,9 @@ def check_weights(weights: Mapping[str, float]) -> None:
         raise ValueError("weights are all 0: give at least one above it, such as accuracy=1")
 
 
-def _scaled(column: np.ndarray, name: str) -> np.ndarray:
+def _scaled(column: np.ndarray, name: str, way: str | None) -> np.ndarray:
     """A column as 0 (best) .. 1 (worst)."""
-    if name == "accuracy":
+    if name == "accuracy" or way == "max":
         column = -column
     elif name != "loss" and (column > 0).any():
         column = np.log(np.maximum(column, column[column > 0].min()))

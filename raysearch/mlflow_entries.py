@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.front import human_bytes, human_count, short_bits
+from analysis.front import human_bytes, human_count, human_number, short_bits
 from raysearch.space import words
 
 NAME_MAX = 250
@@ -147,20 +147,27 @@ def epoch_start_ms(line: Mapping[str, Any]) -> int:
 
 
 def trial_note(sweep: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """A trial's description as Markdown: outcome, the command that repeats it, its resolved configuration.
+    """A trial's description as Markdown: outcome, the command that repeats it (or its search on shared weights), its
+    resolved configuration.
 
     The configuration is left out, for `RUN/records.jsonl` has it, where all of it would not fit.
     """
-    from raysearch.repeat import train_command
+    from raysearch.repeat import search_command, train_command
 
     if record["status"] == "complete":
         parts = [f"{READABLE[name](record[name])} {words}" for name, words in OUTCOME.items() if record.get(name)]
+        parts += [
+            f"{name} {human_number(record[name])}"
+            for name in record.get("measures") or ()
+            if record.get(name) is not None
+        ]
         head = ", ".join(parts)
     else:
         head = f"{record['status']}: {record.get('reason')}"
     if not record.get("config") or not sweep.get("sweep"):
         return head
-    blocks = [head, f"```sh\n{train_command(sweep['sweep'], record)}\n```"]
+    command = search_command(sweep["search"]) if "search" in sweep else train_command(sweep["sweep"], record)
+    blocks = [head, f"```sh\n{command}\n```"]
     config = f"Resolved configuration:\n\n```json\n{json.dumps(record['config'], indent=1)}\n```"
     if len("\n\n".join([*blocks, config])) > TAG_MAX:
         config = f"Resolved configuration: the line of trial {record['trial']} in records.jsonl"

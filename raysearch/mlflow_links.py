@@ -7,6 +7,7 @@ many bytes of its files have been sent. It names the store without credentials; 
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -103,9 +104,14 @@ class Progress:
         return changed
 
 
-def view_tag() -> dict[str, str]:
-    """The tag of an experiment under which MLflow's pages find the view `front`, as their "share" button writes it."""
-    columns = [*(f"metrics.`{name}`" for name in PICKED_BY), "tags.`raysearch.bits`", "attributes.`Created`"]
+def view_tag(own: Iterable[str] = ()) -> dict[str, str]:
+    """The tag of an experiment under which MLflow's pages find the view `front`, as their "share" button writes it.
+
+    Args:
+        own: names of a person's own measures, for which there are columns too.
+    """
+    names = dict.fromkeys((*PICKED_BY, *own))
+    columns = [*(f"metrics.`{name}`" for name in names), "tags.`raysearch.bits`", "attributes.`Created`"]
     state = {
         "searchFilter": FRONT_FILTER,
         "orderByKey": "metrics.`accuracy`",

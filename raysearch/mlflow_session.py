@@ -146,8 +146,9 @@ class Session:
             return found.experiment_id
         # A server has a place for files; a bare database would have them put into the working directory.
         place = None if is_served(uri) else (self.run / "mlartifacts").as_uri()
+        own = (self.sweep.get("sweep") or {}).get("measures") or {}
         kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the pages ask, and suggest GenAI
-        return self.client.create_experiment(name, artifact_location=place, tags=kind | view_tag())
+        return self.client.create_experiment(name, artifact_location=place, tags=kind | view_tag(own))
 
     def _progress(self, uri: str) -> Progress:
         """What was sent to this experiment before; nothing if it is another one, or the files are not those."""

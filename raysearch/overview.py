@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.front import counted
 from analysis.pareto import bounded
 from raysearch.records import read_trials
 from raysearch.result import Result
@@ -70,6 +71,6 @@ def _is_over(result: Result, ended: int) -> bool:
 
 def size_of(front: "Front", where: str = "") -> str:
     """`5 points, hypervolume 0.7123`; only the points where an objective has neither a worst value nor a reference."""
-    points = f"{len(front)} point{'s' * (len(front) != 1)}{where}"
+    points = counted(len(front), "point") + where
     known = bounded(front.objectives, front.reference)
     return f"{points}, hypervolume {front.hypervolume():.4f}" if known else points

@@ -156,7 +156,8 @@ class _Registrar:
     def _tag(self, version: "ModelVersion", record: Mapping[str, Any]) -> None:
         from analysis.front import short_bits
 
-        facts = {name: record.get(name) for name in TAGGED} | {"bits": short_bits(record["bits"]), ON_FRONT: "true"}
+        names = (*TAGGED, *record.get("measures", ()))
+        facts = {name: record.get(name) for name in names} | {"bits": short_bits(record["bits"]), ON_FRONT: "true"}
         for name, value in facts.items():
             if value is not None and version.tags.get(name) != str(value):
                 self.client.set_model_version_tag(self.name, version.version, name, str(value))

@@ -1,4 +1,4 @@
-"""The command that trains one trial of a sweep again, alone and without Ray."""
+"""The commands that repeat: one trial of a sweep, alone and without Ray; a search on shared weights."""
 
 import json
 import shlex
@@ -33,6 +33,27 @@ def train_command(sweep: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         if address not in FLAGS.values():
             words += ["--set", f"{address}={value if _is_plain(value) else json.dumps(value)}"]
     return shlex.join(words)
+
+
+def search_command(search: Mapping[str, Any]) -> str:
+    """`raysearch supernet search ...`: the same mixtures of the same network, so the same front.
+
+    Args:
+        search: the fields of `raysearch.supernet.Search`.
+    """
+    words = ["raysearch", "supernet", "search", str(search["run"])]
+    words += [] if search["trial"] is None else [str(search["trial"])]
+    objectives = ",".join(f"{name}:{way}" for name, way in search["objectives"].items())
+    share = search["max_relative_bops"]
+    given = {
+        **{name: search[name] for name in ("evaluations", "sampler", "seed", "images", "max_bops", "max_size_bytes")},
+        "objectives": objectives,
+        "max_relative_bops": None if share is None else 100 * share,
+        "widths": None if search["widths"] is None else ",".join(map(str, search["widths"])),
+    }
+    for name, value in given.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, *(["--recalibrate"] if search["calibration"] else [])])
 
 
 def _at(tree: Mapping[str, Any], address: str) -> Any:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import RecordError
 from raysearch.records import RunFolder
+from raysearch.repeat import search_command
+from raysearch.supernet import SUPERNET
 
 if TYPE_CHECKING:
     from analysis.swept import Swept
@@ -25,13 +27,20 @@ def swept(run: Path, description: Mapping[str, Any], records: Sequence[Mapping[s
     from analysis.swept import Swept
     from raysearch.importance import importances
 
+    shared = (run / SUPERNET).exists()
     return Swept(
         name=str(description["name"]),
         folder=str(run),
         description=description,
         records=records,
         importances=importances(RunFolder(run).study, description["objectives"]),
-        kept=frozenset(int(path.parent.name) for path in run.glob("trials/[0-9]*/*.safetensors")),
+        kept=frozenset(
+            [int(record["trial"]) for record in records]
+            if shared
+            else [int(path.parent.name) for path in run.glob("trials/[0-9]*/*.safetensors")]
+        ),
+        command=search_command(description["search"]) if "search" in description else f"raysearch sweep --from {run}",
+        over=RunFolder(run).end.exists(),
     )
 
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import click
 
+from raysearch.errors import RaysearchError
 
-def watched(run: Callable[[Any], Any]) -> None:
-    """Run a sweep before the eyes of a person, and say what came of it."""
+
+def watched(run: Callable[[Any], Any], *, register: bool | None = None) -> None:
+    """Run a sweep before the eyes of a person, and say what came of it.
+
+    Args:
+        run: what runs it, given a watcher.
+        register: whether its front goes into the model registry at the end; None: if MLflow is a server. A database is
+            looked at through `raysearch ui`, which registers.
+    """
     from rich.console import Console
 
     from raysearch.progress import LiveProgress, PlainProgress
@@ -23,7 +31,7 @@ def watched(run: Callable[[Any], Any]) -> None:
         if watcher.path is not None:
             click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
         raise
-    _show(result)
+    _show(result, register)
 
 
 def searched(run: Callable[[Any], Any]) -> Any:
@@ -39,7 +47,7 @@ def searched(run: Callable[[Any], Any]) -> Any:
         if watcher.path is not None:
             click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
         raise
-    _show(result)
+    _show(result, None)
     return result
 
 
@@ -58,7 +66,20 @@ class _Remembering:
         return getattr(self._watcher, name)
 
 
-def _show(result: Any) -> None:
+def put_into_registry(result: Any) -> None:
+    """Register the front, and say what is not registered, and why."""
+    from raysearch.registry import register
+
+    try:
+        found = register(result.path, result.description["sweep"]["mlflow_uri"])
+    except RaysearchError as error:  # such as a sweep without a complete trial: everything else is there all the same
+        click.echo(f"nothing is registered: {error}", err=True)
+        return
+    for point, reason in found.refused.items():
+        click.echo(f"{point} is not registered: {reason}", err=True)
+
+
+def _show(result: Any, register: bool | None) -> None:
     from raysearch.mlflow_links import front_url
     from raysearch.overview import size_of
     from raysearch.pages import is_own
@@ -73,3 +94,5 @@ def _show(result: Any) -> None:
     click.echo(f"pick        raysearch pick {result.path} --max-relative-bops 2")
     if result.mirrored is not None and not result.mirrored.complete:
         click.echo(f"MLflow misses a part ({result.mirrored.error}); later: raysearch mirror {result.path}", err=True)
+    elif register or (register is None and not own):
+        put_into_registry(result)

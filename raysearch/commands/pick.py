@@ -1,6 +1,7 @@
 """`raysearch pick`: one point, and its test accuracy."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,17 @@ PICKED = (
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout")
 def command(run_folder: Path, with_test: bool, as_json: bool, knee: bool, weights: str | None, **asked: Any) -> None:
     """One point of the front: the best within limits, under weights, the knee, or the cheapest near the best."""
-    from analysis.tradeoff import balanced
     from raysearch.result import Result
 
     if sum((knee, weights is not None, asked["within"] is not None)) > 1:
         raise click.UsageError("--within, --knee and --weights are ways to choose one point: give one of them")
-    given = None if weights is None else _weights(weights)
     result = Result(run_folder)
     found = result.front()
+    given = None if weights is None else _weights(weights, result.description["sweep"].get("measures") or ())
     for name in ("max_relative_bops", "within"):
         asked[name] = None if asked[name] is None else asked[name] / 100
     try:
-        point = found.pick(weights=balanced(found.objectives) if knee else given, **asked)
+        point = found.pick(weights=found.knee_weights if knee else given, **asked)
     except ValueError as error:
         raise TrialError(str(error)) from error
     where = (int(point["trial"]), point["point"])
@@ -58,7 +58,7 @@ def command(run_folder: Path, with_test: bool, as_json: bool, knee: bool, weight
     click.echo(json.dumps(chosen) if as_json else _describe(result, chosen))
 
 
-def _weights(text: str) -> dict[str, float]:
+def _weights(text: str, own: Iterable[str] = ()) -> dict[str, float]:
     """`accuracy=1,bops=0.5`.
 
     >>> _weights("accuracy=1, bops=0.5")
@@ -74,7 +74,7 @@ def _weights(text: str) -> dict[str, float]:
         except ValueError:
             raise click.UsageError(f"--weights {text}: write NAME=WEIGHT,..., such as accuracy=1,bops=0.5") from None
     try:
-        check_weights(found)
+        check_weights(found, own)
     except ValueError as error:
         raise click.UsageError(f"--weights {text}: {error}") from error
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raysearch.errors import RaysearchError
+from raysearch.watching import put_into_registry
 
 if TYPE_CHECKING:
     from raysearch.pages import Server
@@ -38,7 +38,7 @@ def command(runs: tuple[Path, ...], port: int, register: bool) -> None:
                 servers[result.path] = start_server(result.path, _uri(result), next(ports))
                 stack.callback(servers[result.path].stop)
             if at_rest and register:  # while the server starts
-                _register(result)
+                put_into_registry(result)
         for result in results:
             server = servers.get(result.path)
             if server is not None:
@@ -78,18 +78,6 @@ def _catch_up(result: "Result") -> None:
         found = mirror_once(result.path, _uri(result))
         if not found.complete:
             click.echo(f"MLflow misses a part of {result.path}: {found.error}", err=True)
-
-
-def _register(result: "Result") -> None:
-    from raysearch.registry import register
-
-    try:
-        found = register(result.path, _uri(result))
-    except RaysearchError as error:  # such as a sweep without a complete trial: the pages are there all the same
-        click.echo(f"nothing is registered: {error}", err=True)
-        return
-    for point, reason in found.refused.items():
-        click.echo(f"{point} is not registered: {reason}", err=True)
 
 
 def _say(result: "Result", url: str | None) -> None:

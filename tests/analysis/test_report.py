@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -56,6 +57,7 @@ def sweep(name="a-sweep", *, seed=0, trials=20, method="lsq", layers=4, asked=No
         records=records,
         importances={"accuracy": {"bits/conv1/weight": 0.7, "optimizer/lr": 0.3}},
         kept=frozenset(range(trials)),
+        command=f"raysearch sweep --from runs/{name}",
     )
 
 
@@ -110,6 +112,29 @@ def test_budgets_are_those_of_the_sweep_in_the_unit_of_the_axis():
     made = sweep(asked={"max_bops": 20_480, "max_relative_bops": 0.5, "max_size_bytes": 4096})
     charts = [chart for chart in data_of(report([made], "t"))["charts"] if chart["kind"] == "front"]
     assert [(chart["budget"], chart["budget_words"]) for chart in charts] == [(0.02, "2 %"), (4096, "4.0 KiB")]
+
+
+def test_an_objective_of_ones_own_has_a_chart_with_its_budget_a_column_and_a_line_for_each_point():
+    made = sweep(asked={"limits": ["energy<=6.5"]}, measures=["energy"])
+    for row in made.records:
+        row["energy"] = row["bops"] / 8 if row["trial"] else None
+    made.description["objectives"] = {"accuracy": "max", "energy": "min"}
+    page = report([made], "t")
+    data = data_of(page)
+    charts = {chart["cost"]: chart for chart in data["charts"] if chart["kind"] == "front"}
+    assert charts["energy"]["x"] == {"label": "energy", "unit": "plain", "log": True}
+    assert (charts["energy"]["budget"], charts["energy"]["budget_words"]) == (6.5, "6.5")
+    assert charts["energy"]["less"]
+    assert data["points"]["own"] == {"energy": [row["energy"] for row in made.records[1:]]}
+    assert "BOPs size energy bits (weights/activations)" in text_of(page)
+
+
+def test_a_search_on_shared_weights_says_what_its_accuracies_are_and_how_it_is_repeated():
+    made = replace(sweep(), command="raysearch supernet search runs/net")
+    made.description["search"] = {"images": 500}
+    text = text_of(report([made], "t"))
+    assert "accuracies on 500 validation images are those of the shared weights of one network" in text
+    assert "raysearch supernet search runs/net" in text
 
 
 def test_a_measured_test_accuracy_stands_beside_the_other_with_its_interval():
@@ -182,6 +207,8 @@ def test_trials_that_failed_were_stopped_or_are_missing_are_counted():
     made.description["trials"] = 9
     said = "a-sweep: of its trials, 1 failed, 1 stopped early, 5 of 9 not there yet."
     assert said in caveats(groups([made]))
+    ended = replace(made, over=True)
+    assert "a-sweep: 4 trials instead of 9, for there was nothing else to try." in caveats(groups([ended]))
 
 
 def test_several_points_of_a_trial_and_networks_without_bits_are_shown():

@@ -116,3 +116,11 @@ def test_weights_on_what_was_not_searched_for_overlook_no_point():
     )
     assert len(front) == 1
     assert front.pick(weights={"size_bytes": 1})["trial"] == 1
+
+
+@pytest.mark.parametrize(("way", "trial"), [("min", 1), ("max", 0)])
+def test_weights_may_name_a_persons_own_measure_which_counts_in_its_direction(way, trial):
+    rows = [record(n, accuracy=a, measures=["range"], range=m) for n, (a, m) in enumerate([(0.9, 30.0), (0.8, 2.0)])]
+    front = Front.of(rows, {"accuracy": "max", "range": way})
+    assert front.pick(weights={"range": 1})["trial"] == trial
+    assert front.pick(weights=front.knee_weights)["trial"] == front.knee()["trial"] == 0

@@ -16,6 +16,7 @@ from raysearch.records import Log, RunFolder
 from raysearch.registry import register
 from raysearch.result import Result, load
 from raysearch.tracking import mirror_once
+from raysearch.watching import watched
 from tests.raysearch.builders import SMALL, by_training, drive, finished_run, make_run, open_book, small_sweep
 from tests.raysearch.conftest import Cli
 from trainables import checkpoint
@@ -43,7 +44,7 @@ def _no_store_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A sweep of three trials, really trained, mirrored and registered."""
+    """A sweep of three trials, really trained, mirrored, and registered at its end."""
     torch.set_num_threads(1)
     sweep = small_sweep(trials=3, epochs=1, settings=SMALL)
     folder, resolved = make_run(tmp_path_factory.mktemp("runs") / "a-sweep", sweep)
@@ -51,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     drive(book, trial=by_training(folder))
     book.close()
     assert mirror_once(folder.path).complete
-    register(folder.path)
+    watched(lambda watcher: load(folder.path), register=True)
     return folder
 
 
@@ -137,6 +138,16 @@ def test_a_store_that_is_away_or_knows_nothing_is_one_error(cli: Cli, run: RunFo
     outcome = cli("register", run.path, "--mlflow-uri", "http://127.0.0.1:9")
     assert (outcome.code, outcome.out) == (1, "")
     assert "MLflow at http://127.0.0.1:9 has no runs of" in outcome.err
+
+
+@pytest.mark.parametrize(("register", "tried"), [(None, True), (False, False)])
+def test_the_end_of_a_sweep_whose_mlflow_is_a_server_registers_unless_told_otherwise(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], register: bool | None, tried: bool
+) -> None:
+    shown = load(run.path)
+    shown.description["sweep"]["mlflow_uri"] = "http://127.0.0.1:9"
+    watched(lambda watcher: shown, register=register)
+    assert ("nothing is registered: MLflow at http://127.0.0.1:9 has no runs" in capsys.readouterr().err) == tried
 
 
 def test_no_checkpoint_of_the_front_is_lost_by_registering(run: RunFolder) -> None:
