@@ -3,7 +3,8 @@
     python -m tests.benchmarks.agreement --data-root DATA [--start resnet20=FILE] [--networks lenet5,resnet20]
 
 A network of LSQ is trained for a moment at each width, from float weights, and exported; the table compares torch and
-onnxruntime on the whole test set, and the sizes of the files with what the search counts. `graph` are the bytes of an
+onnxruntime on the whole test set, and the sizes of the files with what the search counts. `itself` is how many images
+torch predicts otherwise in another memory layout: as many as sums in another order change. `graph` are the bytes of an
 ONNX file that are no constants.
 """
 
@@ -21,13 +22,11 @@ from raysearch.sweep import Sweep, trial_config
 from tests.trainables.exporting import MIXED
 from trainables import checkpoint
 from trainables.fit import Session
-from trainables.onnx_file import save_onnx
+from trainables.onnx_file import agreement, write_onnx
 from trainables.packed import save_packed
 
 DATA = {"lenet5": "mnist", "resnet20": "cifar10"}
 WIDTHS = ("2", "3", "4", "5", "6", "7", "8", "mixed")
-TRAINED_ON = 3200
-"""Images, once each."""
 
 
 def trained(network: str, widths: str, given: argparse.Namespace, folder: Path) -> Session:
@@ -40,7 +39,13 @@ def trained(network: str, widths: str, given: argparse.Namespace, folder: Path) 
         data=DATA[network],
         data_root=str(given.data_root),
         epochs=1,
-        settings={"data/train_limit": TRAINED_ON, "data/validation_limit": 500, "optimizer/lr": 0.005, **start, **bits},
+        settings={
+            "data/train_limit": given.train,
+            "data/validation_limit": 500,
+            "optimizer/lr": 0.005,
+            **start,
+            **bits,
+        },
     )
     list(train(sweep, folder, threads=1))
     session = Session(trial_config(sweep), data_root=given.data_root)
@@ -57,17 +62,25 @@ def compared(network: str, widths: str, given: argparse.Namespace, folder: Path)
     images, labels = images[: given.images], labels[: given.images]
     packed, graph = folder / "network.safetensors", folder / "network.onnx"
     save_packed(packed, session.model, session.config)
-    found = save_onnx(graph, session.model, images=images)
+    write_onnx(graph, session.model, session.input_shape)
+    found = agreement(graph, session.model, images)
     point = session.report(session.points()[0], 0.0, 0.0)
     constants = sum(len(tensor.raw_data) for tensor in onnx.load(graph).graph.initializer)
-    with torch.no_grad():
-        right = torch.cat([session.model.eval()(part).argmax(1) for part in images.split(500)]) == labels
+    right = predictions(session.model, images)
+    other = predictions(session.model.to(memory_format=torch.contiguous_format), images.contiguous())
     sizes = (point.size_bytes, packed.stat().st_size, constants, graph.stat().st_size - constants)
     return (
-        f"{network:9s} {widths:>6s} {float(right.double().mean()):9.2%} {found.images:7d} {found.other_class:6d} "
+        f"{network:9s} {widths:>6s} {float((right == labels).double().mean()):9.2%} {found.images:7d} "
+        f"{int((right != other).sum()):6d} {found.other_class:6d} "
         f"{found.close:12.1%} {found.max_difference:10.2g} {found.max_difference_fused:10.2g} "
         + " ".join(f"{size:10d}" for size in sizes)
     )
+
+
+@torch.no_grad()
+def predictions(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Classes, (images,)."""
+    return torch.cat([model.eval()(part).argmax(1) for part in images.split(500)])
 
 
 def main() -> None:
@@ -77,13 +90,14 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(DATA))
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--train", type=int, default=3200, help="training images, once each")
     parser.add_argument("--start", action="append", default=[], metavar="NETWORK=FILE", help="float weights")
     given: Any = parser.parse_args()
     given.start = dict(text.split("=", 1) for text in given.start)
     torch.set_num_threads(1)
     print(
-        f"{'network':9s} {'bits':>6s} {'test':>9s} {'images':>7s} {'other':>6s} {'within 1e-5':>12s} {'largest':>10s} "
-        f"{'fused':>10s} {'size_bytes':>10s} {'packed':>10s} {'constants':>10s} {'graph':>10s} {'seconds':>8s}"
+        f"{'network':9s} {'bits':>6s} {'test':>9s} {'images':>7s} {'itself':>6s} {'other':>6s} "
+        f"{'within 1e-5':>12s} {'largest':>10s} {'fused':>10s} {'size_bytes':>10s} {'packed':>10s} {'constants':>10s} {'graph':>10s} {'seconds':>8s}"
     )
     with tempfile.TemporaryDirectory() as scratch:
         for network in given.networks.split(","):
