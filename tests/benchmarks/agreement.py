@@ -97,7 +97,9 @@ def main() -> None:
     torch.set_num_threads(1)
     print(
         f"{'network':9s} {'bits':>6s} {'test':>9s} {'images':>7s} {'itself':>6s} {'other':>6s} "
-        f"{'within 1e-5':>12s} {'largest':>10s} {'fused':>10s} {'size_bytes':>10s} {'packed':>10s} {'constants':>10s} {'graph':>10s} {'seconds':>8s}"
+        f"{'within 1e-5':>12s} {'largest':>10s} {'fused':>10s} "
+        + " ".join(f"{name:>10s}" for name in ("size_bytes", "packed", "constants", "graph"))
+        + f" {'seconds':>8s}"
     )
     with tempfile.TemporaryDirectory() as scratch:
         for network in given.networks.split(","):
