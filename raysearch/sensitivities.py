@@ -207,9 +207,11 @@ def _fixed(resolved: Resolved) -> Mapping[str, Sequence[int]]:
 
 
 def _for_sweep(frame: "pd.DataFrame", resolved: Resolved, fixed: Mapping[str, Sequence[int]]) -> Seeds:
-    return seeds_of(
-        frame, resolved.space, resolved.table.quantizable, resolved.base, resolved.sweep.objectives, fixed=fixed
-    )
+    from raysearch.layer_sums import tables_of
+
+    layers = resolved.table.quantizable
+    tables = tables_of(resolved.measures, layers, resolved.space, fixed)
+    return seeds_of(frame, resolved.space, layers, resolved.base, resolved.sweep.objectives, fixed=fixed, tables=tables)
 
 
 def seeds_of(
@@ -220,6 +222,7 @@ def seeds_of(
     objectives: Mapping[str, str],
     *,
     fixed: Mapping[str, Sequence[int]] | None = None,
+    tables: Mapping[str, np.ndarray] | None = None,
     score: str = "fisher",
 ) -> Seeds:
     """What a table of sensitivities says to try first, and its sensitivities by address.
@@ -229,8 +232,10 @@ def seeds_of(
         space: distributions by address.
         layers: the network's quantizable layers.
         base: JSON tree of the base configuration.
-        objectives: of the sweep: a ladder of budgets for each cost among them.
+        objectives: of the sweep: a ladder of budgets for each cost among them that follows from the widths; of BOPs if
+            there is none.
         fixed: layer -> [weight bits, activation bits] where the space says nothing; 8 by default.
+        tables: costs of a person's own that are sums over layers, as in `BitLayout`.
         score: `fisher` or `hessian` traces times errors (activations always go by Fisher's), or the measured `rise`.
 
     Raises:
@@ -245,10 +250,10 @@ def seeds_of(
     fault = other_network(frame["layer"], [layer.name for layer in layers])
     if fault:
         raise SweepError(f"--seed-from: these sensitivities {fault}")
-    layout = BitLayout(space, layers, fixed)
-    tables = expected_rises(frame, score)
+    layout = BitLayout(space, layers, fixed, tables=tables)
+    rises = expected_rises(frame, score)
     by_column = [
-        {int(b): sum(_at(tables[layers[i].name, role], int(b)) for i, role in layout.reached(column)) for b in widths}
+        {int(b): sum(_at(rises[layers[i].name, role], int(b)) for i, role in layout.reached(column)) for b in widths}
         for column, widths in enumerate(layout.widths)
     ]
     scores = [
@@ -256,7 +261,8 @@ def seeds_of(
         for g in layout.groups
     ]
     found: dict[tuple[int, ...], None] = {}
-    for kind in dict.fromkeys(COSTS[name] for name in objectives if name in COSTS):
+    kinds = [COSTS.get(name, name) for name in objectives if name in COSTS or name in (tables or {})]
+    for kind in dict.fromkeys(kinds or ["bops"]):
         amounts = [group.amounts[kind].tolist() for group in layout.groups]
         least, most = (sum(float(end(each)) for each in amounts) for end in (np.min, np.max))
         budgets = np.geomspace(max(least, 1e-9), max(most, 1e-9), BUDGETS + 2)[1:-1]

@@ -33,21 +33,30 @@ def choose_stopper(resolved: "Resolved") -> StopperChoice:
         return StopperChoice(sweep.stopper, "as asked for")
     if not rung_epochs(sweep.epochs, sweep.grace_epochs, sweep.reduction_factor):
         return StopperChoice("none", f"trials of {sweep.epochs} epochs are too short to stop any")
+    if not judged(resolved):
+        return StopperChoice("none", "all objectives are measured at the end of a training")
     if choose(resolved).sampler == FRONTIER:
         return StopperChoice("none", "the frontier proposes few trials that are worth stopping")
     return StopperChoice("front", "the sampler proposes many trials that others dominate")
+
+
+def judged(resolved: "Resolved") -> dict[str, str]:
+    """The objectives that are known after every epoch: all but measures of the trained model, taken at the end."""
+    late = {measure.name for measure in resolved.measures if measure.takes == "model"}
+    return {name: way for name, way in resolved.sweep.objectives.items() if name not in late}
 
 
 class Stopper:
     """Rungs that rank trials by the objectives of their reports.
 
     Args:
-        sweep: objectives, epochs, and the rungs' settings.
+        objectives: name to direction, those that are known after every epoch.
+        sweep: epochs, and the rungs' settings.
         name: of the stopper, none of `auto` and `none`.
     """
 
-    def __init__(self, sweep: "Sweep", name: str) -> None:
-        self._signs = {objective: -1.0 if way == "max" else 1.0 for objective, way in sweep.objectives.items()}
+    def __init__(self, objectives: Mapping[str, str], sweep: "Sweep", name: str) -> None:
+        self._signs = {objective: -1.0 if way == "max" else 1.0 for objective, way in objectives.items()}
         self.rungs = Rungs(
             sweep.epochs, grace=sweep.grace_epochs, factor=sweep.reduction_factor, front_only=name == "front"
         )
@@ -82,4 +91,4 @@ def value_of(point: Mapping[str, Any], name: str) -> Any:
 def stopper_of(resolved: "Resolved") -> Stopper | None:
     """The stopper that `choose_stopper` gives to a sweep."""
     name = choose_stopper(resolved).stopper
-    return None if name == "none" else Stopper(resolved.sweep, name)
+    return None if name == "none" else Stopper(judged(resolved), resolved.sweep, name)

@@ -180,6 +180,7 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
     """
     from raysearch.rungs import rung_epochs
+    from raysearch.stopping import judged
     from trainables.build import layer_table
     from trainables.measures import load_all
 
@@ -203,6 +204,11 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
         raise SweepError(
             f"stopper {sweep.stopper!r} would stop nobody: trials have {sweep.epochs} epochs, none of them before "
             f"epoch {sweep.grace_epochs} is stopped; raise --epochs or lower --grace-epochs"
+        )
+    if sweep.stopper not in ("auto", "none") and not judged(resolved):
+        raise SweepError(
+            f"stopper {sweep.stopper!r} would stop nobody: all objectives are measured at the end of a training; "
+            "add one that each epoch tells, such as accuracy, or leave the stopper out"
         )
     if sweep.sampler == "frontier":
         from raysearch.choice import choose

@@ -10,8 +10,10 @@ from raysearch.errors import SweepError
 from raysearch.knowledge import counterpart, seeds_for
 from raysearch.ledger import Ledger
 from raysearch.records import write_json
+from raysearch.sensitivities import read_seeds, seed, write
 from raysearch.sweep import Sweep, resolve
-from tests.raysearch.builders import formula, make_run, small_sweep
+from tests.raysearch.builders import drive, formula, make_run, open_book, small_sweep
+from tests.raysearch.test_sensitivities import made
 
 WIDE = {"conv1": [8, 8], "conv2": [4, 3], "fc1": [2, 2], "fc2": [5, 6]}
 
@@ -86,6 +88,37 @@ def test_an_earlier_sweep_of_the_same_network_gives_its_front_and_its_sensitivit
     assert all(values in tried for _, values in seeds.first)
     assert set(seeds.sensitivities) == set(resolve(small_sweep(space="all_layers")).space)
     assert min(seeds.sensitivities.values()) > 0
+
+
+def test_all_that_is_known_before_a_sweep_is_told_apart_in_its_records(tmp_path: Path) -> None:
+    """What `--try`, `--warm-start` and `--seed-from` give to one sweep, whose cost is a measure of one's own."""
+    (tmp_path / "energy.py").write_text("def measure(layer, bits):\n    return layer.macs * bits.weight\n")
+    write_json(tmp_path / "try.json", [WIDE])
+    write(made(0, ("conv1", "conv2", "fc1", "fc2")), tmp_path / "s.json")
+    earlier = finished(tmp_path / "earlier", small_sweep(space="all_layers", trials=12))
+    sweep = small_sweep(
+        space="all_layers",
+        trials=40,
+        epochs=1,
+        seed_from=str(tmp_path / "s.json"),
+        measures={"energy": str(tmp_path / "energy.py")},
+        objectives={"accuracy": "max", "energy": "min"},
+    )
+    folder, resolved = make_run(tmp_path / "run", sweep)
+    given = seeds_for(sweep, tries=tmp_path / "try.json", warm_start=[earlier])
+    seed(folder, resolved, given.and_then(read_seeds(resolved)))
+    drive(open_book(folder, resolved))
+    rows = folder.read_records()
+    assert list(dict.fromkeys(row["source"] for row in rows)) == [
+        "person",
+        "warm-start",
+        "sensitivity",
+        "uniform",
+        "frontier",
+    ]
+    assert len({row["digest"] for row in rows}) == 40
+    macs = {layer.name: layer.macs for layer in resolved.table.quantizable}
+    assert all(row["energy"] == sum(macs[name] * w for name, (w, _) in row["bits"].items()) for row in rows)
 
 
 def test_an_earlier_sweep_of_another_network_gives_widths_by_place(tmp_path: Path) -> None:

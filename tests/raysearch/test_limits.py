@@ -17,7 +17,7 @@ from analysis.allocate import allocate
 from raysearch.errors import SweepError
 from raysearch.ledger import Ledger
 from raysearch.limits import Limit, broken, excesses, limits_of
-from raysearch.proposals import cheapest, cost_of, random_values
+from raysearch.proposals import Cost, cheapest, cost_of, random_values
 from raysearch.repair import Repair, _damage
 from raysearch.sweep import Resolved, Sweep, resolve
 from tests.raysearch.builders import make_run, small_sweep
@@ -40,12 +40,20 @@ def searched(model: str, data: str, space: str = "all_layers") -> Resolved:
     return resolve(Sweep(model=model, data=data, space=space))
 
 
-def budget(resolved: Resolved, generator: random.Random, kinds: tuple[str, ...]) -> tuple[dict[str, Any], list[Limit]]:
-    """A random configuration, and limits between the cheapest one and it."""
+@cache
+def least_of(model: str, data: str) -> Cost:
+    resolved = searched(model, data)
+    return cost_of(merged(resolved.base, cheapest(resolved.space)))
+
+
+def budget(
+    network: tuple[str, str], generator: random.Random, kinds: tuple[str, ...]
+) -> tuple[dict[str, Any], Cost, list[Limit]]:
+    """A random configuration, its cost, and limits between that of the cheapest one and its own."""
+    resolved, least = searched(*network), least_of(*network)
     values = random_values(resolved.space, generator)
-    least, most = (cost_of(merged(resolved.base, v)) for v in (cheapest(resolved.space), values))
-    share = generator.random()
-    return values, [Limit(k, getattr(least, k) + share * (getattr(most, k) - getattr(least, k))) for k in kinds]
+    cost, share = cost_of(merged(resolved.base, values)), generator.random()
+    return values, cost, [Limit(k, getattr(least, k) + share * (getattr(cost, k) - getattr(least, k))) for k in kinds]
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids="-".join)
@@ -53,8 +61,8 @@ def test_a_proposal_over_a_random_budget_is_repaired_to_within_it(network: tuple
     resolved, generator = searched(*network), random.Random(0)
     repair = Repair(resolved.space, resolved.base)
     for number in range(BUDGETS):
-        values, limits = budget(resolved, generator, KINDS[number % 3])
-        found = repair(values, cost_of(merged(resolved.base, values)), limits)
+        values, cost, limits = budget(network, generator, KINDS[number % 3])
+        found = repair(values, cost, limits)
         assert found is not None
         assert cost_of(merged(resolved.base, found)).over(tuple(limits)) == ""
         assert all(found[name] <= values[name] for name in values)
@@ -65,8 +73,7 @@ def test_a_repair_hurts_as_little_as_the_exact_program_says(network: tuple[str, 
     """The optimum by another solver (HiGHS) over each layer's own choices."""
     resolved, generator = searched(*network), random.Random(1)
     for number in range(4):
-        values, limits = budget(resolved, generator, KINDS[number])
-        cost = cost_of(merged(resolved.base, values))
+        values, cost, limits = budget(network, generator, KINDS[number])
         repair = Repair(resolved.space, resolved.base)
         layout = repair._layout(merged(resolved.base, values), values, cost)
         row = np.array([values[a] for a in layout.addresses], dtype=float)

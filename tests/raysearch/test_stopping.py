@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from optuna.trial import TrialState
 
@@ -15,6 +16,7 @@ from raysearch.group import Mailbox
 from raysearch.ledger import Proposal
 from raysearch.overview import overview
 from raysearch.records import RunFolder, read_lines
+from raysearch.rungs import Rungs
 from raysearch.stopping import choose_stopper
 from raysearch.sweep import resolve
 from raysearch.worker import Message
@@ -218,6 +220,35 @@ def test_points_beyond_the_first_count_after_a_restart_as_before(tmp_path: Path)
     assert all(len(line["other_points"]) == 1 for line in read_lines(folder.epochs))
 
 
+ENERGY = "def measure(layer, bits):\n    return layer.macs * bits.weight * bits.activation / 1e6\n"
+RUNTIME = "def measure(model):\n    return 1.0\n"
+
+
+def test_rungs_rank_by_measures_of_ones_own_as_far_as_each_epoch_tells_them(tmp_path: Path) -> None:
+    (tmp_path / "energy.py").write_text(ENERGY)
+    (tmp_path / "runtime.py").write_text(RUNTIME)
+
+    def measured(proposal: Proposal) -> list[Message]:
+        said = crossing(proposal)
+        for each in said:
+            own = {"runtime": 1.0 + proposal.number} if each["done"] else {}
+            each["report"]["points"][0]["measures"] = {**proposal.cost.measures, **own}
+        return said
+
+    measures = {name: str(tmp_path / f"{name}.py") for name in ("energy", "runtime")}
+    objectives = {"accuracy": "max", "energy": "min", "runtime": "min"}
+    book, folder = sweep_of(tmp_path / "a-run", measures=measures, objectives=objectives, stopper="mo_asha")
+    tune(book, trial=measured)
+    rungs = Rungs(9)
+    for line in read_lines(folder.epochs):
+        found = rungs.report(line["trial"], line["epoch"], np.array([[-line["accuracy"], line["energy"]]]))
+        if line.get("rung"):
+            assert found is not None
+            assert (line["rung"]["rank"], line["rung"]["of"]) == (found.rank, found.of)
+    assert {row["status"] for row in folder.read_records()} == {"complete", "pruned"}
+    assert {row["runtime"] for row in folder.read_records() if row["status"] == "pruned"} == {None}
+
+
 def test_the_status_of_a_sweep_names_those_that_wait(tmp_path: Path) -> None:
     book, folder = sweep_of(tmp_path / "a-run")
     for accuracy in (0.9, 0.5):
@@ -251,12 +282,19 @@ def test_the_automatic_stopper_says_what_it_is_and_why(changes: dict[str, Any], 
     [
         ({"stopper": "asha"}, "unknown stopper 'asha'; did you mean 'mo_asha'"),
         ({"stopper": "mo_asha", "epochs": 1}, "stopper 'mo_asha' would stop nobody"),
+        (
+            {"stopper": "front", "epochs": 9, "measures": {"x": ""}, "objectives": {"x": "min"}},
+            "stopper 'front' would stop nobody: all objectives are measured at the end",
+        ),
         ({"reduction_factor": 1}, "reduction_factor = 1: a number over 1"),
         ({"grace_epochs": 0}, "grace_epochs = 0: an integer from 1"),
         ({"epoch_budget": 3, "epochs": 5}, "epoch_budget = 3: one trial takes 5 epochs"),
     ],
 )
-def test_a_stopper_that_cannot_work_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_a_stopper_that_cannot_work_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    (tmp_path / "x.py").write_text(RUNTIME)
+    if "measures" in changes:
+        changes = {**changes, "measures": {"x": str(tmp_path / "x.py")}}
     with pytest.raises(SweepError, match=words):
         resolve(small_sweep(**changes))
 
