@@ -95,10 +95,10 @@ def test_all_that_is_known_before_a_sweep_is_told_apart_in_its_records(tmp_path:
     (tmp_path / "energy.py").write_text("def measure(layer, bits):\n    return layer.macs * bits.weight\n")
     write_json(tmp_path / "try.json", [WIDE])
     write(made(0, ("conv1", "conv2", "fc1", "fc2")), tmp_path / "s.json")
-    earlier = finished(tmp_path / "earlier", small_sweep(space="all_layers", trials=12))
+    earlier = finished(tmp_path / "earlier", small_sweep(space="all_layers", trials=8))
     sweep = small_sweep(
         space="all_layers",
-        trials=40,
+        trials=24,
         epochs=1,
         seed_from=str(tmp_path / "s.json"),
         measures={"energy": str(tmp_path / "energy.py")},
@@ -116,7 +116,7 @@ def test_all_that_is_known_before_a_sweep_is_told_apart_in_its_records(tmp_path:
         "uniform",
         "frontier",
     ]
-    assert len({row["digest"] for row in rows}) == 40
+    assert len({row["digest"] for row in rows}) == 24
     macs = {layer.name: layer.macs for layer in resolved.table.quantizable}
     assert all(row["energy"] == sum(macs[name] * w for name, (w, _) in row["bits"].items()) for row in rows)
 

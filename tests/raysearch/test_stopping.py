@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,25 @@ class Killed(BaseException):
     """What a driver does not survive."""
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[Any, ...]]]:
+    """Outcomes of sweeps that nobody killed, by sampler."""
+
+    @cache
+    def run(sampler: str) -> list[tuple[Any, ...]]:
+        book, folder = sweep_of(tmp_path_factory.mktemp("whole") / "a-run", sampler=sampler)
+        tune(book, trial=crossing)
+        return outcomes(folder)
+
+    return run
+
+
 @pytest.mark.parametrize("sampler", ["random", "frontier"])
 @pytest.mark.parametrize("event", [3, 21, 47])
-def test_a_sweep_that_was_killed_is_the_sweep_that_was_not(tmp_path: Path, event: int, sampler: str) -> None:
-    whole, untouched = sweep_of(tmp_path / "whole" / "a-run", sampler=sampler)
-    tune(whole, trial=crossing)
-    _, folder = sweep_of(tmp_path / "killed" / "a-run", sampler=sampler)
+def test_a_sweep_that_was_killed_is_the_sweep_that_was_not(
+    tmp_path: Path, untouched: Callable[[str], list[tuple[Any, ...]]], event: int, sampler: str
+) -> None:
+    _, folder = sweep_of(tmp_path / "a-run", sampler=sampler)
     events = iter(range(10**6))
 
     def listen(book: Book) -> None:
@@ -127,7 +141,7 @@ def test_a_sweep_that_was_killed_is_the_sweep_that_was_not(tmp_path: Path, event
     with pytest.raises(Killed):
         tune(again(folder, listen), trial=crossing)
     tune(again(folder), trial=crossing)
-    assert outcomes(folder) == outcomes(untouched)
+    assert outcomes(folder) == untouched(sampler)
 
 
 def test_the_same_seed_and_places_give_the_same_sweep(tmp_path: Path) -> None:
