@@ -1,12 +1,14 @@
 """Ray for the time of a sweep: one of our own on this machine, or the cluster that RAY_ADDRESS names.
 
 What listens: our own Ray listens on loopback only, has no dashboard, and wants Ray's token, which lies in
-`~/.ray/auth_token` and is made when it is missing. A cluster listens as its start commands say (`cluster.yaml`); the
-token mode is set here in any case, because processes that do not say it decide by whether they happen to have a token.
+`~/.ray/auth_token`, for its owner's eyes alone, and is made when it is missing. A cluster listens as its start commands
+say (`cluster.yaml`); the token mode is set here in any case, because processes that do not say it decide by whether
+they happen to have a token.
 """
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -74,6 +76,7 @@ def start_local(**options: Any) -> None:
     import ray
 
     _want_token()
+    _keep_token()
     with _on_loopback():
         ray.init(address="local", include_dashboard=False, object_store_memory=200 * 2**20, **RAY_OPTIONS, **options)
 
@@ -84,6 +87,20 @@ def _want_token() -> None:
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     Config.initialize("")
+
+
+def _keep_token() -> None:
+    """Let nobody else on this machine read the token: it opens Ray to whoever has it. Ray makes it readable to all."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.exists() and not os.environ.get("RAY_AUTH_TOKEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="ascii") as fresh:  # its owner's alone
+            fresh.write(secrets.token_hex(32))
+            fresh.flush()
+            with contextlib.suppress(FileExistsError):  # another driver was faster
+                os.link(fresh.name, path)
+    if path.exists() and path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -51,6 +52,13 @@ OTHER_EXCESSES = "other_excesses"
 NONE_MISSED: Mapping[str, float] = {}
 QMC_POSITION = "qmc:"
 """Prefix under which Optuna's quasi-random sampler keeps its place in the sequence, as an attribute of the study."""
+
+
+class _Shared(dict[str, BaseDistribution]):
+    """The distributions of all trials: Optuna copies each trial deeply, but nobody changes these."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Ledger:
     def __init__(self, folder: RunFolder, resolved: Resolved) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.resolved, self.sweep, self.space = resolved, resolved.sweep, resolved.space
+        self._shared = _Shared(self.space)
         directions = [
             StudyDirection.MAXIMIZE if direction == "max" else StudyDirection.MINIMIZE
             for direction in self.sweep.objectives.values()
@@ -379,6 +388,7 @@ class Ledger:
             user_attrs={"source": source, "repaired": repaired, **asdict(cost)},
             system_attrs=twin.system_attrs,
         )
+        template.distributions = self._shared
         self._write(lambda: self._storage.create_new_trial(self._disk._study_id, template_trial=template))
         self._write(lambda: _copy_qmc_position(self._memory, self._disk))
         number = self.started
@@ -397,6 +407,8 @@ class Ledger:
             distributions=trial.distributions,
             system_attrs=trial.system_attrs,
         )
+        if trial.distributions == self._shared:
+            trial.distributions = copy.distributions = self._shared
         self._memory.add_trial(copy)
         self._twin[trial.number] = len(self._memory.get_trials(deepcopy=False)) - 1
         if trial.state == TrialState.RUNNING:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ray.tune import Callback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -133,26 +133,39 @@ class RungScheduler(FIFOScheduler):
         super().__init__()
         self._searcher = searcher
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Let Tune forget those that ended before, also in sets that it only ever adds to (see `Forget`)."""
+        for name in ("_stopped_trials", "_failed_trials", "_trials_to_cache"):
+            getattr(tune_controller, name, set()).clear()
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """CONTINUE or STOP, which ends the slot's step and not its process."""
         goes_on = self._searcher.goes_on(trial.trial_id, result)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
 
-class Forget(Callback):
+class Forget(TrialProgressCallback):
     """Lets Tune forget trials that have ended.
 
     Tune keeps every trial, and looks at all of them several times a step: a sweep would get slower and larger with each
-    trial. One that has ended stays, because Tune looks for a state on disk when it has none.
+    trial. One that has ended stays, because Tune looks for a state on disk when it has none. This also takes the place
+    of the callback that Tune adds where none of its kind is given: that one prints, and keeps every trial, too.
     """
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """Nothing is printed."""
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Nothing is printed."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Nothing is printed."""
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """`trials` is Tune's own list."""
         ended = [trial for trial in trials if trial.is_finished()]
         if len(ended) > 1:
             trials[:] = [trial for trial in trials if not trial.is_finished()] + ended[-1:]
-            for trial in ended[:-1]:
-                trial.config = trial.evaluated_params = {}  # a set of the ended ones stays behind
 
 
 def _message(result: dict[str, Any] | None) -> dict[str, Any]:

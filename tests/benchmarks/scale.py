@@ -3,7 +3,8 @@
     python -m tests.benchmarks.scale [--trials 10000] [--sampler random] [--concurrent 2] [--out FOLDER]
 
 Trials of `closed_form` take milliseconds, so what is left is overhead: proposals, Tune, slots, records, the study on
-disk. The table has, for windows along the sweep, the wall time of a trial, and the memory of the driver. Then the
+disk. The table has, for windows along the sweep, the wall time of a trial, the CPU time that the driver spends on it,
+which other work on the machine does not change, and the memory of the driver. Then the
 finished sweep is opened again, as `raysearch resume` does: that is what a restart costs beside Ray's.
 """
 
@@ -22,7 +23,7 @@ import raysearch
 from raysearch.book import Book
 from raysearch.driver import Watcher
 
-WINDOW = 50
+WINDOW = 100
 NAME = "tests.benchmarks.closed_form"
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +33,7 @@ class Clock(Watcher):
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.cpu_s: list[float] = []
         self.memory_bytes: list[int] = []
 
     def event(self, book: Book) -> None:
@@ -39,6 +41,7 @@ class Clock(Watcher):
         ended = sum(book.counts.values())
         while len(self.ends) < ended:
             self.ends.append(time.monotonic())
+            self.cpu_s.append(time.process_time())
             self.memory_bytes.append(_resident_bytes())
             if ended % 500 == 0:
                 print(f"{ended} trials, {_line(self, ended)}", file=sys.stderr, flush=True)
@@ -50,10 +53,11 @@ def _resident_bytes() -> int:
 
 
 def _line(clock: Clock, at: int) -> str:
-    ends = clock.ends[max(0, at - WINDOW) : at]
+    ends, cpu_s = (times[max(0, at - WINDOW) : at] for times in (clock.ends, clock.cpu_s))
     gaps = [after - before for before, after in itertools.pairwise(ends)]
     mean_ms, median_ms = 1000 * statistics.mean(gaps), 1000 * statistics.median(gaps)
-    return f"{mean_ms:7.1f} ms a trial (median {median_ms:6.1f}), {clock.memory_bytes[at - 1] / 1e6:6.0f} MB"
+    cpu_ms, megabytes = 1000 * (cpu_s[-1] - cpu_s[0]) / len(gaps), clock.memory_bytes[at - 1] / 1e6
+    return f"{mean_ms:6.1f} ms a trial (median {median_ms:6.1f}), CPU {cpu_ms:5.1f} ms, {megabytes:5.0f} MB"
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
     clock, began = Clock(), time.monotonic()
     raysearch.run(sweep, out, watcher=clock)
     print(f"{given.trials} trials in {time.monotonic() - began:.0f} s, sampler {given.sampler}")
-    for at in (100, *(at for at in (300, 1000, 3000, 10_000, 30_000) if at <= given.trials)):
+    for at in (WINDOW, *(at for at in (200, 300, 1000, 3000, 10_000, 30_000) if at <= given.trials)):
         print(f"trial {at:6}: {_line(clock, at)}")
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "raysearch.cli", "resume", str(out)], check=True, capture_output=True)

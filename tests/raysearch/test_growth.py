@@ -3,11 +3,14 @@
 Counted in Python calls, not in seconds: the same on any machine. Ten thousand through Ray: `benchmarks/scale.py`.
 """
 
+import gc
 import sys
 from pathlib import Path
 
+from optuna.distributions import BaseDistribution
+
 from raysearch.searcher import Forget
-from tests.raysearch.builders import by_formula, make_run, open_book, small_sweep, train
+from tests.raysearch.builders import by_formula, drive, make_run, open_book, small_sweep, train
 
 EARLY, LATE, MEASURED = 70, 110, 6
 """The first half of the trials are uniform configurations, which cost less."""
@@ -64,11 +67,26 @@ def test_the_book_keeps_long_fields_of_the_last_trial_only(tmp_path: Path) -> No
     again.close()
 
 
+def test_all_trials_share_their_distributions(tmp_path: Path) -> None:
+    def distributions() -> int:
+        return sum(isinstance(thing, BaseDistribution) for thing in gc.get_objects())
+
+    folder, resolved = make_run(tmp_path / "run")
+    before = distributions()
+    book = open_book(folder, resolved)
+    drive(book, limit=4)
+    assert distributions() == before
+    book.close()
+    again = open_book(folder, resolved)
+    assert distributions() == before
+    again.close()
+
+
 class Ended:
     """A trial as Tune has it."""
 
     def __init__(self, *, over: bool) -> None:
-        self.over, self.config, self.evaluated_params = over, {"job": 1}, {"job": 1}
+        self.over = over
 
     def is_finished(self) -> bool:
         return self.over
@@ -79,4 +97,3 @@ def test_tune_forgets_all_trials_that_ended_but_one() -> None:
     left = [trials[1], trials[4], trials[3]]
     Forget().on_step_end(1, trials)
     assert trials == left
-    assert left[0].config
