@@ -13,7 +13,7 @@ import random
 import time
 import warnings
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
@@ -34,7 +34,7 @@ from raysearch.proposals import Cost, beside, cardinality, cheapest, configurati
 from raysearch.records import RunFolder
 from raysearch.repair import Repair
 from raysearch.seeds import Seeds
-from raysearch.sweep import Resolved
+from raysearch.sweep import GRID, Resolved
 from trainables.config import merged
 from trainables.errors import ConfigError
 from trainables.storage import patiently
@@ -154,6 +154,7 @@ class Ledger:
         self._twin: dict[int, int] = {}
         self.refused = 0
         self.interrupted: list[Proposal] = []
+        self._grid = self._walk() if self.choice.sampler == "grid" else iter(())
         trials = self._disk.get_trials(deepcopy=False)
         for trial in trials:
             self._remember(trial)
@@ -185,6 +186,8 @@ class Ledger:
             cost = self._acceptable(values)
             if cost is not None:
                 return self._accept(self._fixed(values), source, cost)
+        if self.choice.sampler == "grid":
+            return self._drawn(self._grid, "grid")
         return self._at_the_frontier() if self._frontier else self._sampled()
 
     def tell(
@@ -311,7 +314,7 @@ class Ledger:
             if cost is not None:
                 return self._accept(self._fixed(values), FRONTIER, cost)
             refused.append(values)
-        return self._drawn(refused[-1] if refused else {})
+        return self._drawn(self._near(refused[-1] if refused else {}), "random")
 
     def _sampled(self) -> Proposal | None:
         number = self.started
@@ -333,19 +336,29 @@ class Ledger:
             if trial.params == wanted:  # as a sampler without chance does: gp, of what has failed
                 break
             wanted = trial.params
-        return self._drawn(wanted)
+        return self._drawn(self._near(wanted), "random")
 
-    def _drawn(self, wanted: Mapping[str, Any]) -> Proposal | None:
-        """A random configuration, if possible one beside what was wanted."""
+    def _near(self, wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Random configurations, first those beside what was wanted."""
         generator = random.Random(self.sweep.seed * 100_003 + self.started)
         near = beside(self.space, wanted, generator) if wanted else ()
-        for values in chain(near, configurations(self.space, generator, limit=RANDOM_ATTEMPTS)):
+        return chain(near, configurations(self.space, generator, limit=RANDOM_ATTEMPTS))
+
+    def _walk(self) -> Iterator[dict[str, Any]]:
+        """The whole grid in an order that belongs to the seed, without what a trial has; begun anew after a resume."""
+        had = {tuple(trial.params[name] for name in self.space) for trial in self._disk.get_trials(deepcopy=False)}
+        every = configurations(self.space, random.Random(self.sweep.seed), limit=GRID)
+        return (values for values in every if tuple(values.values()) not in had)
+
+    def _drawn(self, wanted: Iterator[dict[str, Any]], source: str) -> Proposal | None:
+        """The first of these configurations that can be trained, or be repaired."""
+        for values in wanted:
             cost = self._acceptable(values)
             if cost is not None:
-                return self._accept(self._fixed(values), "random", cost)
+                return self._accept(self._fixed(values), source, cost)
             repaired = self._repaired(values)
             if repaired is not None:
-                return self._accept(self._fixed(repaired[0]), "random", repaired[1], repaired=True)
+                return self._accept(self._fixed(repaired[0]), source, repaired[1], repaired=True)
         return None
 
     def _fixed(self, values: Mapping[str, Any]) -> optuna.Trial:

@@ -254,6 +254,8 @@ def _asked(session: "Session", question: Search, trained: Mapping[str, Any]) -> 
         **limits,
     )
     check_values(sweep)
+    if sweep.sampler == "grid":
+        raise SweepError("sampler 'grid' is for sweeps that train; take random or qmc for mixtures")
     resolved = Resolved(sweep, session.config.tree(), session.config, session.table, space)
     opened = _Opened(session, choices, resolved, question.calibration, question.images)
     _check_limits(opened.cost(cheapest(space)), sweep)

@@ -63,7 +63,9 @@ TAKEN = (
 )
 """Names of a record's own fields, which no measure may take."""
 STOPPERS = ("auto", "none", "mo_asha", "front")
-SAMPLERS = ("auto", "frontier", "tpe", "nsga2", "nsga3", "gp", "random", "qmc")
+SAMPLERS = ("auto", "frontier", "tpe", "nsga2", "nsga3", "gp", "random", "qmc", "grid")
+GRID = 100_000
+"""Configurations that the sampler `grid` walks at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class Sweep:
     gpus_per_worker: Annotated[float | None, "GPUs of a worker, also a share; default: 1 if there are any"] = None
     train: Annotated[bool, "use a Ray Train worker group also for one CPU worker"] = False
     hang_timeout: Annotated[float, "seconds without a sign of life after which a process is replaced"] = 900.0
-    sampler: Annotated[str, "who proposes: auto, frontier, tpe, nsga2, nsga3, gp, random, qmc"] = "auto"
+    sampler: Annotated[str, "who proposes: auto, frontier, tpe, nsga2, nsga3, gp, random, qmc, grid"] = "auto"
     stopper: Annotated[str, "who stops trials early: auto, none, mo_asha, front"] = "auto"
     grace_epochs: Annotated[int, "epochs before a trial may be stopped"] = 1
     reduction_factor: Annotated[float, "mo_asha: one of so many goes on at a rung, with so many times the epochs"] = 3.0
@@ -216,6 +218,15 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
         choice = choose(resolved)
         if choice.sampler != "frontier":
             raise SweepError(f"sampler 'frontier' cannot propose: {choice.reason}; take auto, tpe or nsga2")
+    if sweep.sampler == "grid":
+        from raysearch.proposals import cardinality
+
+        count = cardinality(found)
+        if count > GRID:
+            raise SweepError(
+                f"sampler 'grid' cannot walk {count:.3g} configurations, at most {GRID:,}: give the space "
+                "fewer choices, float parameters a step, or take qmc"
+            )
     return resolved
 
 

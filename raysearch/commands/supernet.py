@@ -48,7 +48,13 @@ def _widths(context: click.Context, parameter: click.Parameter, text: str | None
 @click.argument("trial", type=click.IntRange(min=0), required=False)
 @click.option("--evaluations", type=click.IntRange(min=1), default=5000, show_default=True, help="mixtures to evaluate")
 @click.option("--objectives", help="what to search for  [default: accuracy:max,bops:min,size_bytes:min]")
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="who proposes")
+@click.option(
+    "--sampler",
+    type=click.Choice([name for name in SAMPLERS if name != "grid"]),
+    default="auto",
+    show_default=True,
+    help="who proposes",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the search")
 @click.option("--widths", callback=_widths, metavar="LIST", help="widths to choose from  [default: all trained]")
 @click.option("--images", type=click.IntRange(min=1), help="validation images to evaluate on  [default: all]")

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from raysearch.errors import SweepError
 from raysearch.ledger import STUDY, Ledger, Proposal
 from raysearch.limits import limits_of
 from raysearch.proposals import cost_of, uniform_proposals
@@ -94,6 +95,23 @@ def test_every_sampler_gives_the_trials_that_were_asked_for_and_none_twice(tmp_p
     assert [proposal.source for proposal in found[:first]] == ["uniform"] * first
     wanted = "frontier" if by_frontier else sampler
     assert sum(proposal.source == wanted for proposal in found[first:]) >= 4
+
+
+def test_a_grid_is_walked_to_its_end_once_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    space = {f"bits/{layer}/weight": CategoricalDistribution([2, 4, 8]) for layer in ("conv2", "fc1", "fc2")}
+    orders = []
+    for seed in (0, 1):
+        found = run(open_ledger(fresh_folder(tmp_path), Sweep(space=space, trials=40, sampler="grid", seed=seed)))
+        assert sorted(tuple(p.params.values()) for p in found) == list(product((2, 4, 8), repeat=3))
+        assert [p.source for p in found] == ["uniform"] * 3 + ["grid"] * 24
+        orders.append([p.params for p in found])
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("space", ["all_layers", "training"])
+def test_a_grid_without_end_is_refused(space: str) -> None:
+    with pytest.raises(SweepError, match=r"sampler 'grid' cannot walk .* configurations, at most 100,000"):
+        resolve(Sweep(space=space, model="resnet20", data="cifar10", sampler="grid"))
 
 
 def affordable(sweep: Sweep) -> int:
@@ -226,7 +244,7 @@ def searched(sweep_name: str) -> Resolved:
     return replace(resolve(Sweep(trials=14)), space={name: CategoricalDistribution([2, 4]) for name in layers})
 
 
-@pytest.mark.parametrize("sweep_name", ["frontier", "tpe", "nsga2", "qmc", "few configurations"])
+@pytest.mark.parametrize("sweep_name", ["frontier", "tpe", "nsga2", "qmc", "grid", "few configurations"])
 @pytest.mark.parametrize("killed_at", [5, 12])
 def test_a_sweep_that_was_stopped_between_trials_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_name: str, killed_at: int
