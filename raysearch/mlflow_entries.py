@@ -104,7 +104,9 @@ def record_tags(record: Mapping[str, Any]) -> dict[str, str]:
 def epoch_metrics(line: Mapping[str, Any], time_ms: int | None = None) -> list[Metric]:
     """The finite numbers of one epoch, at the time when it ended."""
     moment = round(line["time"] * 1000) if time_ms is None else time_ms
-    return _metrics(line, [key for key in line if key not in ("trial", "epoch", "time")], moment, line["epoch"])
+    # MLflow's pages offer metrics in the order in which they came, and compare runs by the first one.
+    keys = sorted((key for key in line if key not in ("trial", "epoch", "time")), key=lambda key: key not in FINAL)
+    return _metrics(line, keys, moment, line["epoch"])
 
 
 def history_metrics(record: Mapping[str, Any]) -> list[Metric]:
@@ -154,16 +156,7 @@ def trial_note(sweep: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """
     from raysearch.repeat import search_command, train_command
 
-    if record["status"] == "complete":
-        parts = [f"{READABLE[name](record[name])} {words}" for name, words in OUTCOME.items() if record.get(name)]
-        parts += [
-            f"{name} {human_number(record[name])}"
-            for name in record.get("measures") or ()
-            if record.get(name) is not None
-        ]
-        head = ", ".join(parts)
-    else:
-        head = f"{record['status']}: {record.get('reason')}"
+    head = outcome(record) if record["status"] == "complete" else f"{record['status']}: {record.get('reason')}"
     if not record.get("config") or not sweep.get("sweep"):
         return head
     command = search_command(sweep["search"]) if "search" in sweep else train_command(sweep["sweep"], record)
@@ -172,6 +165,13 @@ def trial_note(sweep: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if len("\n\n".join([*blocks, config])) > TAG_MAX:
         config = f"Resolved configuration: the line of trial {record['trial']} in records.jsonl"
     return "\n\n".join([*blocks, config])
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """What a complete point reaches and costs, in a line."""
+    parts = [f"{READABLE[name](record[name])} {words}" for name, words in OUTCOME.items() if record.get(name)]
+    own = [name for name in record.get("measures") or () if record.get(name) is not None]
+    return ", ".join([*parts, *(f"{name} {human_number(record[name])}" for name in own)])
 
 
 def description(sweep: Mapping[str, Any], front: pd.DataFrame, completed: int) -> str:

@@ -2,6 +2,7 @@
 
 A version is a packed file (`trainables.packed`) and `raysearch.registered_model`, so that
 
+    mlflow.set_tracking_uri(URI)
     mlflow.pyfunc.load_model("models:/NAME@knee").predict(images)
 
 works in a fresh process that has raysearch installed, without a pickle. Its tags say what it costs; the aliases are
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.front import short_bits
 from raysearch import __version__
 from raysearch.errors import RecordError, TrialError
 from raysearch.facts import versions
+from raysearch.mlflow_entries import outcome
 from raysearch.mlflow_links import Progress, public, redact, tracking_uri
 from raysearch.result import Result
 
@@ -39,11 +42,13 @@ class Registered:
     """What became of the points of a front.
 
     Attributes:
+        uri: of the store, without credentials.
         name: of the registered model.
         versions: those that are in the registry now, by point of the front (`trial 7`, `trial 7, 4-bit`).
         refused: why others are not.
     """
 
+    uri: str
     name: str
     versions: dict[str, str]
     refused: dict[str, str]
@@ -109,16 +114,21 @@ class _Registrar:
             self._tag(version, record)
         self._unmark([version for words, version in there.items() if words not in found])
         self._alias({mark: by_position[position] for mark, position in marks.items() if position in by_position})
-        return Registered(name=self.name, versions=found, refused=refused)
+        return Registered(uri=self.known.uri, name=self.name, versions=found, refused=refused)
 
     def _ensure_model(self) -> None:
         from mlflow.exceptions import MlflowException
 
+        from trainables.build import normalisation
+        from trainables.config import parse
+
         sweep = self.result.description
         tags = {name: str(sweep[name]) for name in ("method", "model", "data")}
+        config = parse(next(iter(self.records.values()))["config"])
+        told = " and ".join(f"{name} {values}" for name, values in normalisation(config).items())
         words = (
-            f"The front of the sweep {self.name}. Input: float32 images (N, C, H, W), normalised as the data set "
-            f"{sweep['data']} is; output: logits (N, classes)."
+            f"The front of the sweep {self.name}. Input: float32 images (N, C, H, W) of {sweep['data']}, normalised"
+            f"{f' from pixels of 0..1 with {told}' if told else ''}; output: logits (N, classes)."
         )
         try:
             self.client.create_registered_model(self.name, tags=tags, description=words)
@@ -151,11 +161,10 @@ class _Registrar:
             self.client.log_artifacts(run_id, str(model), place)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{place}"
         tags = {POINT: _words(record), DIGEST: record["digest"]}
-        return self.client.create_model_version(self.name, source, run_id=run_id, tags=tags)
+        words = f"{outcome(record)}; bits {short_bits(record['bits'])}"
+        return self.client.create_model_version(self.name, source, run_id=run_id, tags=tags, description=words)
 
     def _tag(self, version: "ModelVersion", record: Mapping[str, Any]) -> None:
-        from analysis.front import short_bits
-
         names = (*TAGGED, *record.get("measures", ()))
         facts = {name: record.get(name) for name in names} | {"bits": short_bits(record["bits"]), ON_FRONT: "true"}
         for name, value in facts.items():

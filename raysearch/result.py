@@ -143,7 +143,8 @@ class Result:
         """Write a point as a file that runs elsewhere; the ending of `to` says which.
 
         `.safetensors` is the packed file of `trainables.packed`, `.onnx` the graph of `trainables.onnx_file`, checked
-        in onnxruntime on test images, `.pt2` a `torch.export` program.
+        in onnxruntime on test images, `.pt2` a `torch.export` program. The metadata of an ONNX file say how its input
+        is made from pixels of 0..1: minus `input_mean`, over `input_std`.
 
         Args:
             trial: its number.
@@ -167,6 +168,7 @@ class Result:
 
         import torch
 
+        from trainables.build import normalisation
         from trainables.onnx_file import save_onnx
         from trainables.packed import save_packed
         from trainables.program_file import save_program
@@ -181,6 +183,7 @@ class Result:
         if path.suffix == ".pt2":
             save_program(path, session.model, session.input_shape)
             return None
+        facts |= {f"input_{name}": values for name, values in normalisation(session.config).items()}
         parts, count = [], 0
         for images, _ in session.data.test.batches(CHECKED, device=torch.device("cpu"), seed=None, augment=False):
             parts.append(images)

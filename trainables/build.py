@@ -40,6 +40,16 @@ def data_shape(config: TrialConfig) -> tuple[int, tuple[int, int, int]]:
     return module.CLASSES, module.INPUT_SHAPE
 
 
+def normalisation(config: TrialConfig) -> dict[str, list[float]]:
+    """How a network's input is made from pixels of 0..1, by channel: minus `mean`, over `std`.
+
+    Empty for a data set of a person's own that does not say so with `MEAN` and `STD`.
+    """
+    module = plugins.load("data", plugins.split(config.data.name)[0])
+    found = {name.lower(): getattr(module, name, None) for name in ("MEAN", "STD")}
+    return {name: list(values) for name, values in found.items() if values is not None}
+
+
 def build_model(config: TrialConfig, classes: int, input_shape: tuple[int, int, int], *, seed: int) -> nn.Module:
     """The configured network with fresh weights drawn from `seed`; the global random state is left alone.
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -86,7 +86,7 @@ def save_packed(path: Path, model: nn.Module, config: TrialConfig, /, **facts: A
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({TENSOR: torch.cat([head, payload])}, temporary)
+        temporary.write_bytes(save({TENSOR: torch.cat([head, payload])}))  # save_file would hide it from others
         _check(model, load_packed(temporary), input_shape)
         os.replace(temporary, path)
     finally:

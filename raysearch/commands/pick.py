@@ -84,6 +84,7 @@ def _describe(result: Any, chosen: dict[str, Any]) -> str:
     from analysis.confidence import in_words
     from analysis.front import human_bytes, human_count
 
+    named = "" if chosen["point"] == "final" else f" --point {chosen['point']}"
     lines = [
         f"trial {chosen['trial']} ({chosen['method']} on {chosen['model']}, {chosen['data']})",
         f"  validation accuracy  {in_words(chosen['accuracy'], chosen['validation_images'])}",
@@ -97,5 +98,6 @@ def _describe(result: Any, chosen: dict[str, Any]) -> str:
         f"  checkpoint           {result.path / chosen['checkpoint']}",
         "  bits (weight/activation)",
         *(f"    {layer:24s} {w}/{a}" for layer, (w, a) in chosen["bits"].items()),
+        f"\nexport  raysearch export {result.path} {chosen['trial']}{named} -o net.onnx",
     ]
     return "\n".join(lines)

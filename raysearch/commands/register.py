@@ -19,4 +19,5 @@ def command(run_folder: Path, mlflow_uri: str | None) -> None:
     for point, reason in found.refused.items():
         click.echo(f"{point} is not registered: {reason}", err=True)
     click.echo(f"{len(found.versions)} versions of {found.name}; load one with")
+    click.echo(f"  mlflow.set_tracking_uri('{found.uri}')")
     click.echo(f"  mlflow.pyfunc.load_model('models:/{found.name}@knee').predict(images)")

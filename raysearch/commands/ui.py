@@ -86,3 +86,7 @@ def _say(result: "Result", url: str | None) -> None:
     click.echo(f"\n{result.name}")
     for words, address in pages(result.path, _uri(result), url).items():
         click.echo(f"  {words:10s}{address}")
+        if words == "models":
+            server = address.partition("/#")[0]
+            click.echo(f"  {'load':10s}mlflow.set_tracking_uri('{server}')")
+            click.echo(f"  {'':10s}mlflow.pyfunc.load_model('models:/{result.name}@knee').predict(images)")

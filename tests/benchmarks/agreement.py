@@ -21,8 +21,9 @@ from raysearch.single import train
 from raysearch.sweep import Sweep, trial_config
 from tests.trainables.exporting import MIXED
 from trainables import checkpoint
+from trainables.errors import ConfigError
 from trainables.fit import Session
-from trainables.onnx_file import agreement, write_onnx
+from trainables.onnx_file import save_onnx
 from trainables.packed import save_packed
 
 DATA = {"lenet5": "mnist", "resnet20": "cifar10"}
@@ -62,8 +63,10 @@ def compared(network: str, widths: str, given: argparse.Namespace, folder: Path)
     images, labels = images[: given.images], labels[: given.images]
     packed, graph = folder / "network.safetensors", folder / "network.onnx"
     save_packed(packed, session.model, session.config)
-    write_onnx(graph, session.model, session.input_shape)
-    found = agreement(graph, session.model, images)
+    try:
+        found = save_onnx(graph, session.model, images=images)
+    except ConfigError as error:
+        return f"{network:9s} {widths:>6s} {error}"
     point = session.report(session.points()[0], 0.0, 0.0)
     constants = sum(len(tensor.raw_data) for tensor in onnx.load(graph).graph.initializer)
     right = predictions(session.model, images)

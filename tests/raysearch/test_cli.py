@@ -194,7 +194,8 @@ def test_pick_tells_a_person_what_was_chosen(cli: Cli, run: RunFolder) -> None:
     assert lines[0] == f"trial {best['trial']} (lsq on lenet5, digits)"
     assert f"  validation accuracy  {best['accuracy']:.2%}" in lines  # nobody has counted the images yet
     assert f"  checkpoint           {run.path / best['checkpoint']}" in lines
-    assert lines[-4:] == [f"    {layer:24s} {w}/{a}" for layer, (w, a) in best["bits"].items()]
+    assert lines[-6:-2] == [f"    {layer:24s} {w}/{a}" for layer, (w, a) in best["bits"].items()]
+    assert lines[-1] == f"export  raysearch export {run.path} {best['trial']} -o net.onnx"
     assert "test accuracy" not in outcome.out
 
 

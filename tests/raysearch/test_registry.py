@@ -73,8 +73,14 @@ def test_each_point_of_the_front_is_a_version_that_says_what_it_costs(run: RunFo
         facts = {name: str(row[name]) for name in ("accuracy", "bops", "size_bytes", "bits", "method")}
         assert {name: version.tags[name] for name in facts} == facts
         assert version.tags["pareto"] == "true"
+        assert version.description.startswith(f"{row['accuracy']:.2%} validation accuracy, ")
         run_of_trial = client_of(run).get_run(version.run_id)
         assert run_of_trial.data.tags["raysearch.trial"] == str(trial)
+
+
+def test_the_registered_model_says_how_its_input_is_made(run: RunFolder) -> None:
+    said = client_of(run).get_registered_model("a-sweep").description
+    assert "of digits, normalised from pixels of 0..1 with mean [0.3053] and std [0.3759]" in said
 
 
 def test_aliases_lead_to_the_points_that_people_ask_for(run: RunFolder) -> None:
@@ -126,6 +132,7 @@ def test_the_command_says_how_to_load_and_what_it_could_not_register(cli: Cli, r
     outcome = cli("register", run.path)
     assert outcome.code == 0
     assert "trial 9 is not registered: trial 9 has no checkpoint in" in outcome.err
+    assert f"mlflow.set_tracking_uri('sqlite:///{run.path / 'mlflow.db'}')" in outcome.out
     assert "mlflow.pyfunc.load_model('models:/a-sweep@knee').predict(images)" in outcome.out
     left = versions_of(run)[int(best["trial"])]
     assert "pareto" not in left.tags  # the newcomer dominates it; the version stays, for somebody may use it
