@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from raysearch import driver
 from raysearch.errors import RecordError, SweepError
 from raysearch.finetune import CORRELATION, correlation_text, finetune
+from raysearch.mlflow_entries import trial_note
 from raysearch.result import Result
 from raysearch.seeds import Seeds
 from raysearch.sensitivities import FORMAT
@@ -110,17 +111,16 @@ def test_mlflow_has_the_front_and_the_summary_alone(found: Result) -> None:
     trials = {int(run.data.tags["raysearch.trial"]) for run in runs if "raysearch.trial" in run.data.tags}
     assert trials == set(found.front().to_pandas()["trial"])
     assert len(runs) == len(trials) + 1
-    question = found.description["search"]["run"]
-    notes = [run.data.tags["mlflow.note.content"] for run in runs if "raysearch.trial" in run.data.tags]
-    assert all(f"raysearch supernet search {question} --evaluations 200 " in note for note in notes)
 
 
 def test_the_report_of_a_search_says_whose_weights_these_are_and_how_to_export(found: Result, tmp_path: Path) -> None:
     page = found.report(tmp_path / "report.html").read_text()
     assert "accuracies on 100 validation images are those of the shared weights of one network" in page
-    assert "--recalibrate" in page
+    command = f"raysearch supernet search {found.description['search']['run']} --evaluations 96 "
+    assert command in page
+    assert command in trial_note(found.description, found.records()[0])
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-    assert data["points"]["kept"] == [1] * 200
+    assert data["points"]["kept"] == [1] * 96
 
 
 def test_an_interrupted_search_goes_on_as_the_same_search(trained: Path, found: Result, tmp_path: Path) -> None:
