@@ -12,7 +12,7 @@ from trainables.config import TrialConfig
 from trainables.cost import LayerTable
 from trainables.errors import ConfigError, PluginError
 from trainables.layers import trace
-from trainables.splits import Splits
+from trainables.splits import Splits, at_resolution
 
 _tables: dict[str, LayerTable] = {}
 
@@ -29,7 +29,11 @@ def load_data(config: TrialConfig, root: Path | None, *, download: bool = False)
 def data_shape(config: TrialConfig) -> tuple[int, tuple[int, int, int]]:
     """Number of classes and input shape of the configured data set, without loading it.
 
-    A data set whose settings change them defines `shape(settings) -> (classes, input_shape)`.
+    A setting `resolution` is the images' side in pixels. A data set where settings change more than that defines
+    `shape(settings) -> (classes, input_shape)`.
+
+    Raises:
+        ConfigError: a setting out of range.
     """
     module = plugins.load("data", plugins.split(config.data.name)[0])
     if hasattr(module, "shape"):
@@ -37,7 +41,8 @@ def data_shape(config: TrialConfig) -> tuple[int, tuple[int, int, int]]:
     for wanted in ("CLASSES", "INPUT_SHAPE"):
         if not hasattr(module, wanted):
             raise PluginError(f"{module.__name__!r} does not define {wanted!r}; a data set must")
-    return module.CLASSES, module.INPUT_SHAPE
+    side = config.data.settings.get("resolution")
+    return module.CLASSES, module.INPUT_SHAPE if side is None else at_resolution(module.INPUT_SHAPE, side)
 
 
 def normalisation(config: TrialConfig) -> dict[str, list[float]]:

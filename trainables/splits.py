@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate as resize
 from torch.nn.functional import pad as pad_image
 
 from trainables.errors import ConfigError, DataError
@@ -90,6 +91,7 @@ class Images:
     pixels: Tensor
     labels: Tensor
     _copies: dict[torch.device, Batch] = field(default_factory=dict, repr=False)
+    _sizes: dict[int, "Images"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels, self.labels
@@ -103,6 +105,16 @@ class Images:
         if device not in self._copies:
             self._copies[device] = (self.pixels.to(device), self.labels.to(device))
         return self._copies[device]
+
+    def resized(self, side: int) -> "Images":
+        """The same images with `side` x `side` pixels, made once: bilinear, and averaging where they shrink."""
+        if self.pixels.shape[2:] == (side, side):
+            return self
+        if side not in self._sizes:
+            parts = (resize(p.float(), (side, side), mode="bilinear", antialias=True) for p in self.pixels.split(4096))
+            pixels = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+            self._sizes[side] = Images(pixels, self.labels)
+        return self._sizes[side]
 
 
 class TensorSplit:
@@ -255,6 +267,19 @@ def limited(rows: Tensor, limit: int | None, setting: str) -> Tensor:
     return rows[:limit]
 
 
+def at_resolution(input_shape: tuple[int, int, int], resolution: int) -> tuple[int, int, int]:
+    """The shape of images that are resized to `resolution` x `resolution` pixels.
+
+    Raises:
+        ConfigError: none at all, or more than four times as many on a side as there were.
+    """
+    channels, height, width = input_shape
+    most = 4 * max(height, width)
+    if not 1 <= resolution <= most:
+        raise ConfigError(f"data/resolution = {resolution}: these images take 1..{most} pixels on a side")
+    return channels, resolution, resolution
+
+
 def in_memory(
     train: Images,
     test: Images,
@@ -265,6 +290,7 @@ def in_memory(
     std: Sequence[float],
     pad: int,
     augment: str,
+    resolution: int,
     train_limit: int | None,
     validation_limit: int | None,
 ) -> Splits:
@@ -279,6 +305,7 @@ def in_memory(
         std: see `TensorSplit`.
         pad: see `TensorSplit`.
         augment: `augmentation` of the training split.
+        resolution: pixels on a side that all images are resized to.
         train_limit: the first so many training images only.
         validation_limit: the first so many validation images only.
 
@@ -286,6 +313,9 @@ def in_memory(
         ConfigError: an unknown augmentation, or a limit out of range.
         DataError: too few images for a validation set.
     """
+    channels, height, width = train.pixels.shape[1:]
+    input_shape = at_resolution((channels, height, width), resolution)
+    train, test = train.resized(resolution), test.resized(resolution)
     order = stratified_order(train.labels)
     validation = min(validation, len(order) // VALIDATION_SHARE)
     if validation == 0:
@@ -297,5 +327,5 @@ def in_memory(
         validation=TensorSplit(train, held_out, mean=mean, std=std),
         test=TensorSplit(test, torch.arange(len(test.labels)), mean=mean, std=std),
         classes=classes,
-        input_shape=(train.pixels.shape[1], train.pixels.shape[2], train.pixels.shape[3]),
+        input_shape=input_shape,
     )

@@ -20,6 +20,7 @@ def splits(
     *,
     download: bool = False,
     augment: str = "crop-flip",
+    resolution: int = 32,
     train_limit: int | None = None,
     validation_limit: int | None = None,
 ) -> Splits:
@@ -29,11 +30,12 @@ def splits(
         root: the folder that holds the data set, or its parent.
         download: when nothing is there, let torchvision download it into `root`.
         augment: of training images: `none`, `crop` (padded by 4) or `crop-flip`.
+        resolution: pixels on a side that the images are resized to.
         train_limit: train on the first so many images only, stratified; all when left out.
         validation_limit: validate on the first so many images only, stratified; all when left out.
 
     Raises:
-        ConfigError: an unknown augmentation, or a limit out of range.
+        ConfigError: an unknown augmentation, or a number out of range.
         DataError: nothing found, or what was found is corrupt or of another shape.
     """
     train, test = image_files.read("cifar10", root, classes=CLASSES, shape=INPUT_SHAPE, download=download)
@@ -46,6 +48,7 @@ def splits(
         std=STD,
         pad=4,
         augment=augment,
+        resolution=resolution,
         train_limit=train_limit,
         validation_limit=validation_limit,
     )

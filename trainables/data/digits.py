@@ -7,7 +7,7 @@ fixed, because this data set comes without an official split. Alpaydin and Kayna
 from functools import lru_cache
 from pathlib import Path
 
-from trainables.splits import Images, Splits, TensorSplit, limited, stratified_order
+from trainables.splits import Images, Splits, TensorSplit, at_resolution, limited, stratified_order
 
 CLASSES = 10
 INPUT_SHAPE = (1, 8, 8)
@@ -19,6 +19,7 @@ def splits(
     *,
     download: bool = False,
     augment: str = "none",
+    resolution: int = 8,
     train_limit: int | None = None,
     validation_limit: int | None = None,
 ) -> Splits:
@@ -28,13 +29,15 @@ def splits(
         root: ignored, the images come with scikit-learn.
         download: ignored, nothing is ever downloaded.
         augment: of training images: `none`, `crop` (padded by 1) or `crop-flip`.
+        resolution: pixels on a side that the images are resized to.
         train_limit: train on the first so many images only, stratified; all when left out.
         validation_limit: validate on the first so many images only, stratified; all when left out.
 
     Raises:
-        ConfigError: an unknown augmentation, or a limit out of range.
+        ConfigError: an unknown augmentation, or a number out of range.
     """
-    images = _images()
+    input_shape = at_resolution(INPUT_SHAPE, resolution)
+    images = _images().resized(resolution)
     order = stratified_order(images.labels)
     fifth = len(order) // 5
     train = limited(order[2 * fifth :], train_limit, "train_limit")
@@ -44,7 +47,7 @@ def splits(
         validation=TensorSplit(images, validation, mean=MEAN, std=STD),
         test=TensorSplit(images, order[:fifth], mean=MEAN, std=STD),
         classes=CLASSES,
-        input_shape=INPUT_SHAPE,
+        input_shape=input_shape,
     )
 
 

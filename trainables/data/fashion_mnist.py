@@ -19,6 +19,7 @@ def splits(
     *,
     download: bool = False,
     augment: str = "none",
+    resolution: int = 28,
     train_limit: int | None = None,
     validation_limit: int | None = None,
 ) -> Splits:
@@ -28,11 +29,12 @@ def splits(
         root: the folder that holds the data set, or its parent.
         download: when nothing is there, let torchvision download it into `root`.
         augment: of training images: `none`, `crop` (padded by 2) or `crop-flip`.
+        resolution: pixels on a side that the images are resized to.
         train_limit: train on the first so many images only, stratified; all when left out.
         validation_limit: validate on the first so many images only, stratified; all when left out.
 
     Raises:
-        ConfigError: an unknown augmentation, or a limit out of range.
+        ConfigError: an unknown augmentation, or a number out of range.
         DataError: nothing found, or what was found is corrupt or of another shape.
     """
     train, test = image_files.read("fashion_mnist", root, classes=CLASSES, shape=INPUT_SHAPE, download=download)
@@ -45,6 +47,7 @@ def splits(
         std=STD,
         pad=2,
         augment=augment,
+        resolution=resolution,
         train_limit=train_limit,
         validation_limit=validation_limit,
     )

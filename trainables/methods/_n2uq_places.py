@@ -6,9 +6,10 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from trainables.models import resnet20
+from trainables.models import _residual
 
-RESIDUAL_BLOCKS = (BasicBlock, Bottleneck, resnet20.BasicBlock)
+RESIDUAL_BLOCKS = (BasicBlock, Bottleneck, _residual.BasicBlock, _residual.Bottleneck)
+INVERTED_BLOCKS = (InvertedResidual, _residual.InvertedBlock)
 PASSED_BY_RPRELU = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Identity)
 
 
@@ -22,7 +23,7 @@ def body_layers(model: nn.Module) -> set[str]:
     return {
         f"{name}.{part}"
         for name, block in model.named_modules()
-        if type(block) in (*RESIDUAL_BLOCKS, InvertedResidual)
+        if type(block) in (*RESIDUAL_BLOCKS, *INVERTED_BLOCKS)
         for part, module in block.named_modules()
         if isinstance(module, nn.Conv2d) and not is_shortcut(part)
     }

@@ -4,23 +4,31 @@ What ResNet-18, -34, -50 and MobileNetV2 share; the underscore says that it is n
 """
 
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from trainables.errors import ConfigError
+from trainables.models._residual import Stem
 
 IMAGENET_CLASSES = 1000
 
-Stem = Literal["imagenet", "cifar"]
+
+def check_stem(name: str, stem: str) -> None:
+    """Refuse an unknown stem.
+
+    Raises:
+        ConfigError: it is neither of the two.
+    """
+    if stem not in ("imagenet", "cifar"):
+        raise ConfigError(f"model/stem = {stem!r}: {name} takes 'imagenet' or 'cifar'")
 
 
 def torchvision_resnet(
     name: str, classes: int, input_shape: tuple[int, int, int], *, stem: Stem, pretrained: bool
 ) -> nn.Module:
     """The ResNet that torchvision calls `name`, with a classifier and a stem that fit; see `resnet18.build`."""
-    if stem not in ("imagenet", "cifar"):
-        raise ConfigError(f"model/stem = {stem!r}: {name} takes 'imagenet' or 'cifar'")
+    check_stem(name, stem)
     if pretrained and stem == "cifar":
         raise ConfigError("model/pretrained = True: the weights are those of model/stem = 'imagenet', not of 'cifar'")
     model: Any = torchvision_model(name, classes, input_shape, pretrained=pretrained)

@@ -9,31 +9,34 @@ from collections import OrderedDict
 from torch import nn
 
 from trainables.errors import ConfigError
+from trainables.models._kernels import check_kernel
 
 INPUT_SHAPE = (3, 32, 32)
 CLASSES = 10
 
 
-def build(classes: int, input_shape: tuple[int, int, int], *, width: float = 1.0) -> nn.Module:
+def build(classes: int, input_shape: tuple[int, int, int], *, width: float = 1.0, kernel: int = 3) -> nn.Module:
     """VGG-7 for images of `input_shape` (channels, height, width), sides of 8 pixels or more.
 
     Args:
         classes: number of outputs.
         input_shape: of one input; 32 x 32 gives 8192 features after the convolutions, as published.
         width: factor on the 128, 256, 512 and 1024 channels, > 0.
+        kernel: side of the convolutions, odd.
 
     Raises:
-        ConfigError: a width out of range, or an image too small for three poolings.
+        ConfigError: a field out of range, or an image too small for three poolings.
     """
     if not width > 0:
         raise ConfigError(f"model/width = {width}: vgg7 takes a factor above 0")
+    check_kernel("vgg7", kernel)
     channels, height, breadth = input_shape
     if min(height, breadth) < 8:
         raise ConfigError(f"input shape {input_shape}: vgg7 halves each side three times and takes 8 pixels or more")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for index, count in enumerate((128, 128, 256, 256, 512, 512), start=1):
         features = max(1, round(count * width))
-        modules[f"conv{index}"] = nn.Conv2d(channels, features, 3, padding=1, bias=False)
+        modules[f"conv{index}"] = nn.Conv2d(channels, features, kernel, padding=kernel // 2, bias=False)
         modules[f"bn{index}"] = nn.BatchNorm2d(features)
         modules[f"relu{index}"] = nn.ReLU()
         if index % 2 == 0:
