@@ -39,6 +39,7 @@ class Live:
         began_at: when it was begun, or taken up by this driver.
         since: when it last was begun, taken up, or went on after a pause.
         trained_s: time in training before that.
+        inherited: how many tensors a parent gave its network, if one did.
     """
 
     proposal: Proposal
@@ -48,6 +49,7 @@ class Live:
     history: list[dict[str, Any]] = field(default_factory=list)
     points: list[dict[str, Any]] = field(default_factory=list)
     timing: dict[str, Any] = field(default_factory=dict)
+    inherited: dict[str, int] | None = None
 
 
 class Book:
@@ -153,6 +155,7 @@ class Book:
         share = self._share(live.proposal.tree)
         live.points = [{**point, "relative_bops": point["relative_bops"] * share} for point in report["points"]]
         live.timing = {key: message[key] for key in ("slot", "began_at", "reported_at") if key in message}
+        live.inherited = report["inherited"]
         live.timing["first_step_at"] = report["first_step_at"]
         if report["epoch"] in (row["epoch"] for row in live.history):
             return True
@@ -309,6 +312,7 @@ class Book:
             "digest": cost.digest,
             "source": proposal.source,
             "repaired": proposal.repaired,
+            "inherited": live.inherited,
             "within_limits": not missed,
             "method": tree["method"]["name"],
             "model": tree["model"]["name"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from raysearch.frontier import QUALITIES, Frontier, unsuited
 from raysearch.layer_sums import summed, tables_of
 from raysearch.limits import limits_of
+from raysearch.networks import configured
 from raysearch.proposals import Cost, cheapest, choices, cost_of
 from trainables.config import merged
 from trainables.cost import Layer, LayerBits
@@ -30,7 +31,7 @@ def choose(resolved: "Resolved") -> Choice:
     if resolved.sweep.sampler not in ("auto", FRONTIER):
         return Choice(resolved.sweep.sampler, "as asked for")
     reason = unsuited(resolved.space, resolved.sweep.objectives, list(summed(resolved.measures)))
-    if not reason and cost_of(merged(resolved.base, cheapest(resolved.space))).bits is None:
+    if not reason and cost_of(configured(resolved.base, cheapest(resolved.space))).bits is None:
         reason = f"method {resolved.sweep.method!r} decides widths itself"
     if reason:
         return Choice(FALLBACK, reason)

@@ -24,6 +24,7 @@ import numpy as np
 
 from raysearch.bit_layout import COSTS, BitLayout, Blend
 from raysearch.loss_model import LossModel, fit, guess, one_thread
+from raysearch.networks import changes
 from raysearch.proposals import Space, random_values
 from raysearch.staircase import gains, staircase
 from trainables.cost import Layer
@@ -78,7 +79,7 @@ def unsuited(space: Space, objectives: Mapping[str, str], sums: Collection[str] 
     """
     if not any(name.startswith("bits/") for name in space):
         return "the space has no bits"
-    if any(name.startswith("model/") for name in space):
+    if changes(space):
         return "the space changes the network, so its costs are no sums over known layers"
     if not any(name in QUALITIES for name in objectives):
         return f"no objective is one of {', '.join(QUALITIES)}"

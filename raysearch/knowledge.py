@@ -19,12 +19,13 @@ import numpy as np
 
 from raysearch.errors import SweepError
 from raysearch.limits import limits_of
+from raysearch.networks import configured, layers_of
 from raysearch.proposals import choices, contains, cost_of
 from raysearch.result import Result
 from raysearch.seeds import Seeds, proposed
 from raysearch.sweep import Resolved, Sweep, resolve
 from trainables.build import layer_table
-from trainables.config import merged, parse
+from trainables.config import parse
 from trainables.cost import INPUT_BITS, Layer
 
 PERSON, WARM = "person", "warm-start"
@@ -99,7 +100,7 @@ def _value(text: str) -> Any:
 
 def _check(seeds: Seeds, resolved: Resolved) -> None:
     for number, (_, values) in enumerate(seeds.first, start=1):
-        over = cost_of(merged(resolved.base, values), resolved.measures).over(limits_of(resolved.sweep))
+        over = cost_of(configured(resolved.base, values), resolved.measures).over(limits_of(resolved.sweep))
         if over:
             raise SweepError(f"configuration {number} from {PERSON} has {over}: leave it out, or raise the limit")
 
@@ -128,11 +129,11 @@ def _carried(row: Mapping[str, Any], resolved: Resolved) -> dict[str, Any]:
     values = {address: value for address, value in values.items() if contains(resolved.space[address], value)}
     bits = row["bits"] or {}
     old = [layer for layer in layer_table(parse(row["config"])).quantizable if layer.name in bits]
+    layers = layers_of(resolved.base, values)
     for address, distribution in resolved.space.items():
         if not address.startswith("bits/"):
             continue
         _, pattern, role = address.split("/")
-        layers = resolved.table.quantizable
         own = [x for x in layers if x.name == pattern] or [
             x for x in layers if fnmatchcase(x.name, pattern) and not (x.first or x.last)
         ]

@@ -21,7 +21,6 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError
@@ -30,9 +29,11 @@ from raysearch.choice import FRONTIER, choose, frontier_of
 from raysearch.errors import RecordError
 from raysearch.frontier import QUALITIES, Tried
 from raysearch.limits import limits_of
+from raysearch.networks import changes, configured, trimmed
 from raysearch.proposals import Cost, beside, cardinality, cheapest, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.repair import Repair
+from raysearch.samplers import ask, copy_qmc_position, make_sampler
 from raysearch.seeds import Seeds
 from raysearch.sweep import GRID, Resolved
 from trainables.config import merged
@@ -50,8 +51,6 @@ CONSTRAINTS = "constraints"
 OTHER_EXCESSES = "other_excesses"
 """Attribute of a trial on disk: by how much those points miss the limits."""
 NONE_MISSED: Mapping[str, float] = {}
-QMC_POSITION = "qmc:"
-"""Prefix under which Optuna's quasi-random sampler keeps its place in the sequence, as an attribute of the study."""
 
 
 class _Shared(dict[str, BaseDistribution]):
@@ -79,24 +78,6 @@ class Proposal:
     cost: Cost
     tree: dict[str, Any]
     repaired: bool = False
-
-
-def make_sampler(name: str, seed: int, startup: int) -> BaseSampler:
-    """An Optuna sampler by name; `startup` is how many trials there are before a model is fitted."""
-    samplers = optuna.samplers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "tpe":
-            return samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
-        if name == "nsga2":
-            return samplers.NSGAIISampler(seed=seed, population_size=max(4, startup))
-        if name == "nsga3":
-            return samplers.NSGAIIISampler(seed=seed, population_size=max(4, startup))
-        if name == "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=startup)
-        if name == "qmc":
-            return samplers.QMCSampler(seed=seed, warn_independent_sampling=False)
-        return samplers.RandomSampler(seed=seed)
 
 
 class Ledger:
@@ -138,10 +119,14 @@ class Ledger:
         self.choice = choose(resolved)
         seeds = Seeds.read(folder.seeds)
         self._frontier = frontier_of(resolved, seeds.sensitivities) if self.choice.sampler == FRONTIER else None
+        self._conditional = changes(self.space)
         # The frontier needs no more than the diagonal: each further uniform configuration is worse than what it knows.
-        uniform = uniform_proposals(self.space, resolved.base, 0 if self._frontier else self.sweep.trials)
+        # Nor do spaces that change the network: the uniform configurations are those of one network.
+        diagonal = self._frontier or self._conditional
+        uniform = uniform_proposals(self.space, resolved.base, 0 if diagonal else self.sweep.trials)
         self.limits = limits_of(self.sweep)
-        before = cost_of(merged(resolved.base, cheapest(self.space)), resolved.measures).values() if self.limits else {}
+        least = configured(resolved.base, cheapest(self.space))
+        before = cost_of(least, resolved.measures).values() if self.limits else {}
         self.learned = tuple(limit for limit in self.limits if before.get(limit.name) is None)
         self._repair = Repair(self.space, resolved.base, resolved.measures, seeds.sensitivities)
         self._first = [*seeds.first, *(("uniform", values) for values in uniform)]
@@ -164,7 +149,7 @@ class Ledger:
             assert trial.datetime_complete
             ended_at = trial.datetime_complete.timestamp()
             self._learn_end(trial.number, ended_at, trial.params, trial.state, trial.values)
-        _copy_qmc_position(self._disk, self._memory)
+        copy_qmc_position(self._disk, self._memory)
 
     @property
     def started(self) -> int:
@@ -319,11 +304,12 @@ class Ledger:
     def _sampled(self) -> Proposal | None:
         number = self.started
         finished = self.started - len(self._running)
-        sampler = make_sampler(self.choice.sampler, self.sweep.seed * 100_003 + number, min(10, max(2, finished)))
+        seed, startup = self.sweep.seed * 100_003 + number, min(10, max(2, finished))
+        sampler = make_sampler(self.choice.sampler, seed, startup, conditional=self._conditional)
         self._memory.sampler = sampler
         wanted: dict[str, Any] = {}
         for _ in range(ATTEMPTS):
-            trial = self._memory.ask(dict(self.space))
+            trial = ask(self._memory, self.space, self.resolved.base)
             cost = self._acceptable(trial.params)
             if cost is not None:
                 return self._accept(trial, self.choice.sampler, cost)
@@ -362,18 +348,19 @@ class Ledger:
         return None
 
     def _fixed(self, values: Mapping[str, Any]) -> optuna.Trial:
-        self._memory.enqueue_trial(dict(values))
-        return self._memory.ask(dict(self.space))
+        self._memory.enqueue_trial(trimmed(self.resolved.base, values))
+        return ask(self._memory, self.space, self.resolved.base)
 
     def _cost(self, values: Mapping[str, Any]) -> Cost:
         """Relative to the base configuration's network, so that architectures compare."""
-        return cost_of(merged(self.resolved.base, values), self.resolved.measures, self.resolved.table.macs)
+        return cost_of(configured(self.resolved.base, values), self.resolved.measures, self.resolved.table.macs)
 
     def _repaired(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], Cost] | None:
         """The nearest configuration within the limits and its cost, for one that breaks them; None if it is not new."""
         if not self.limits:
             return None
         try:
+            values = trimmed(self.resolved.base, values)
             cost = self._cost(values)
         except ConfigError:
             return None
@@ -401,9 +388,10 @@ class Ledger:
             user_attrs={"source": source, "repaired": repaired, **asdict(cost)},
             system_attrs=twin.system_attrs,
         )
-        template.distributions = self._shared
+        if len(template.params) == len(self._shared):
+            template.distributions = self._shared
         self._write(lambda: self._storage.create_new_trial(self._disk._study_id, template_trial=template))
-        self._write(lambda: _copy_qmc_position(self._memory, self._disk))
+        self._write(lambda: copy_qmc_position(self._memory, self._disk))
         number = self.started
         self._twin[number] = trial.number
         self._seen[cost.digest] = number
@@ -435,10 +423,3 @@ class Ledger:
         cost = Cost(**{part.name: attrs[part.name] for part in fields(Cost) if part.name in attrs})
         tree = merged(self.resolved.base, trial.params)
         return Proposal(trial.number, dict(trial.params), attrs["source"], cost, tree, attrs.get("repaired", False))
-
-
-def _copy_qmc_position(source: optuna.Study, target: optuna.Study) -> None:
-    """Let the quasi-random sequence of one study go on in the other; the other samplers have nothing of the kind."""
-    for key, value in source._storage.get_study_system_attrs(source._study_id).items():
-        if key.startswith(QMC_POSITION):
-            target._storage.set_study_system_attr(target._study_id, key, value)

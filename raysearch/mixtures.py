@@ -142,7 +142,7 @@ class OfStudy:
     def __init__(self, name: str, space: Space, objectives: Mapping[str, str], seed: int) -> None:
         import optuna
 
-        from raysearch.ledger import make_sampler
+        from raysearch.samplers import make_sampler
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._objectives = name, dict(space), list(objectives)

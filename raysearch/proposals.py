@@ -16,7 +16,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysearch.limits import FLAGS, Limit, broken
-from trainables.build import layer_table
+from trainables.build import layer_table, settled
 from trainables.config import digest, parse, resolve_bits
 from trainables.cost import FLOAT_BITS, bops, relative_bops, size_bytes
 from trainables.measures import Measure, known
@@ -63,7 +63,7 @@ def cost_of(tree: dict[str, Any], measures: Sequence[Measure] = (), macs: int | 
     Raises:
         ConfigError: the tree is no valid configuration, or a measure gives no finite number.
     """
-    config = parse(tree)
+    config = settled(parse(tree))
     table = layer_table(config)
     bits = resolve_bits(config, table)
     if any(FLOAT_BITS in (width.weight, width.activation) for width in bits.values()):
@@ -181,14 +181,12 @@ def _contained(distribution: IntDistribution | FloatDistribution, value: float) 
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:
-    """The lowest and the highest values, and each choice of each categorical parameter beside the lowest."""
-    low = {name: choices(d, limit=64)[0] for name, d in space.items()}
-    yield low
-    yield {name: choices(d, limit=64)[-1] for name, d in space.items()}
+    """The lowest and the highest values, and each choice of each categorical parameter beside either."""
+    ends = [{name: choices(d, limit=64)[end] for name, d in space.items()} for end in (0, -1)]
+    yield from ends
     for name, distribution in space.items():
         if isinstance(distribution, CategoricalDistribution):
-            for choice in distribution.choices[1:]:
-                yield {**low, name: choice}
+            yield from ({**end, name: choice} for end in ends for choice in distribution.choices if choice != end[name])
 
 
 def cheapest(space: Space) -> dict[str, Any]:
@@ -215,9 +213,13 @@ def configurations(space: Space, generator: random.Random, *, limit: int) -> Ite
 
 
 def beside(space: Space, values: Mapping[str, Any], generator: random.Random) -> Iterator[dict[str, Any]]:
-    """`values` with one parameter drawn anew: each parameter once, in random order."""
+    """`values` with one parameter drawn anew: each parameter once, in random order.
+
+    A parameter of the space that `values` lack, because their network does, is drawn too: the other one may have it.
+    """
+    lacking = {name: d for name, d in space.items() if name not in values}
     for name in generator.sample(list(space), len(space)):
-        yield {**values, **random_values({name: space[name]}, generator)}
+        yield {**random_values(lacking, generator), **values, **random_values({name: space[name]}, generator)}
 
 
 def random_values(space: Space, generator: random.Random) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from analysis.allocate import Limit as Bound
 from raysearch.bit_layout import MOST_OPTIONS, BitLayout
 from raysearch.layer_sums import tables_of
 from raysearch.limits import Limit
+from raysearch.networks import trimmed
 from raysearch.proposals import Cost, Space, cost_of
 from trainables.build import layer_table
 from trainables.config import merged, parse
@@ -174,6 +175,7 @@ def within_reach(
     macs: int,
 ) -> str:
     """Which limits no widths of the space keep, in words, from the configuration that comes nearest; empty if none."""
+    values = trimmed(base, values)
     cost = cost_of(merged(base, values), measures, macs)
     over = cost.over(tuple(limits))
     if not over:

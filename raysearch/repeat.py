@@ -28,7 +28,9 @@ def train_command(sweep: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         words += [f"--{flag}", str(_at(config, address))]
     if sweep.get("data_root") is not None:
         words += ["--data-root", str(sweep["data_root"])]
-    given = {**(sweep.get("settings") or {}), **(record.get("params") or {})}
+    parent = config["start"].get("parent", "own")
+    given = {"start/parent": parent} if parent != "own" else {}
+    given |= {**(sweep.get("settings") or {}), **(record.get("params") or {})}
     for address, value in given.items():
         if address not in FLAGS.values():
             words += ["--set", f"{address}={value if _is_plain(value) else json.dumps(value)}"]

@@ -98,7 +98,7 @@ class Result:
         import json
 
         frame = self.to_pandas()
-        for column in ("bits", "measures", "params", "config", "history", "versions", "git", "timing"):
+        for column in ("inherited", "bits", "measures", "params", "config", "history", "versions", "git", "timing"):
             if column in frame:
                 frame[column] = frame[column].map(json.dumps)
         target = Path(path) if path is not None else self.folder.path / "records.parquet"

@@ -195,10 +195,11 @@ def _float_start(config: "TrialConfig", folder: Path, root: Path | None) -> Path
 
 def _fixed(resolved: Resolved) -> Mapping[str, Sequence[int]]:
     """Widths of the narrowest configuration, which are those of what the space leaves alone."""
+    from raysearch.networks import changes
     from raysearch.proposals import cheapest, cost_of
     from trainables.config import merged
 
-    if any(name.startswith("model/") for name in resolved.space):
+    if changes(resolved.space):
         raise SweepError("--seed-from: the space changes the network, and sensitivities are those of one; leave it out")
     widths = cost_of(merged(resolved.base, cheapest(resolved.space))).bits
     if widths is None:

@@ -6,9 +6,11 @@ distributions by address. Whatever it was, `sweep.json` keeps the distributions,
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import SweepError
+from raysearch.networks import BITS, changes, configured, layers_of, sets_any
 from trainables import plugins
 from trainables.errors import ConfigError, PluginError
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
     from raysearch.sweep import Sweep
-    from trainables.cost import LayerTable
+    from trainables.cost import Layer, LayerTable
     from trainables.measures import Measure
 
 Asked = str | Mapping[str, Any] | Callable[..., Mapping[str, Any]]
@@ -72,7 +74,8 @@ def made(asked: Asked, layers: Sequence[Any], config: dict[str, Any]) -> dict[st
     Args:
         asked: name, file, function or distributions.
         layers: the model's quantizable layers.
-        config: base configuration's JSON tree, for functions that take `config`.
+        config: base configuration's JSON tree, for functions that take `config`. Those that take `layers_of` get a
+            function from values by address to the layers of that network.
 
     Raises:
         PluginError: no such space, or one that cannot be made of a model's layers.
@@ -84,8 +87,9 @@ def made(asked: Asked, layers: Sequence[Any], config: dict[str, Any]) -> dict[st
     else:
         make = plugins.attribute("spaces", asked, "space") if isinstance(asked, str) else asked
         try:
-            given = {"config": config} if "config" in inspect.signature(make).parameters else {}
-            space = make(layers, **given)
+            offered = {"config": config, "layers_of": partial(layers_of, config)}
+            wanted = inspect.signature(make).parameters
+            space = make(layers, **{name: value for name, value in offered.items() if name in wanted})
         except TypeError as error:
             raise PluginError(f"space {name!r} cannot be made of a model's layers: {error}") from error
     faults = _faults(space)
@@ -127,7 +131,8 @@ def check(
     from raysearch.limits import limits_of
     from raysearch.proposals import cheapest, corners
     from raysearch.repair import within_reach
-    from trainables.config import merged, parse, resolve_bits
+    from trainables.build import layer_table
+    from trainables.config import parse, resolve_bits
 
     name = sweep.space if isinstance(sweep.space, str) else words(sweep.space)
     if not space and sweep.trials > 1:
@@ -137,13 +142,19 @@ def check(
     taken = sorted(set(space) & set(sweep.settings))
     if taken:
         raise SweepError(f"{', '.join(taken)}: set by --set and searched by space {name!r}; leave one out")
+    layers: dict[str, Layer] = {}
     for values in corners(space):
         try:
-            config = parse(merged(base, values))
-            if config.model == parse(base).model:
-                resolve_bits(config, table)
+            config = parse(configured(base, values))
+            here = layer_table(config)
+            resolve_bits(config, here)
         except ConfigError as error:
             raise ConfigError(f"space {name!r}: {error}") from error
+        layers |= {layer.name: layer for layer in here.quantizable}
+    for address in space if changes(space) else ():
+        if address.startswith(BITS) and not sets_any(address, list(layers.values())):
+            hint = plugins.nearest(address.split("/")[1], list(layers))
+            raise ConfigError(f"space {name!r}: {address}: no network of the space has such a layer{hint}")
     over = within_reach(space, base, limits_of(sweep), measures, cheapest(space), table.macs)
     if over:
         raise SweepError(f"the budget leaves nothing to train: the cheapest configuration of the space has {over}")

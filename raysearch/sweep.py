@@ -54,6 +54,7 @@ TAKEN = (
         "measures",
         "within_limits",
         "repaired",
+        "inherited",
         "train_loss",
         "test_accuracy",
         "trial_seconds",
@@ -181,9 +182,12 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
     Raises:
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
     """
+    from raysearch.networks import CHANGING
+    from raysearch.proposals import lookup
     from raysearch.rungs import rung_epochs
     from raysearch.stopping import judged
     from trainables.build import layer_table
+    from trainables.config import parse
     from trainables.measures import load_all
 
     config = trial_config(sweep)
@@ -198,6 +202,10 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
     base = config.tree()
     found = made(sweep.space, table.quantizable, base) if space is None else dict(space)
     measures = load_all(sweep.measures)
+    parent = {address: lookup(base, address) for address in found if address.startswith(CHANGING)}
+    if parent and "start/parent" not in sweep.settings:
+        base["start"]["parent"] = parent
+        config = parse(base)
     check(sweep, base, table, found, measures)
     if callable(sweep.space):
         sweep = replace(sweep, space=found)

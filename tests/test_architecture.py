@@ -26,6 +26,7 @@ LATE = {  # what each imports only inside functions
 DERIVED = {  # files made of a late library's types; they are themselves imported inside functions
     "raysearch/book.py": {"optuna"},
     "raysearch/ledger.py": {"optuna"},
+    "raysearch/samplers.py": {"optuna"},
     "raysearch/proposals.py": {"optuna"},
     "raysearch/searcher.py": {"ray"},
     "raysearch/slots.py": {"ray"},

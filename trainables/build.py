@@ -2,13 +2,14 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from trainables import plugins
-from trainables.config import TrialConfig
+from trainables.config import Plugin, TrialConfig
 from trainables.cost import LayerTable
 from trainables.errors import ConfigError, PluginError
 from trainables.layers import trace
@@ -79,6 +80,20 @@ def build_model(config: TrialConfig, classes: int, input_shape: tuple[int, int, 
     if not isinstance(model, nn.Module):
         raise PluginError(f"model {config.model.name!r} made a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def settled(config: TrialConfig) -> TrialConfig:
+    """The configuration with numbers where settings of the model leave them to the images: the same computation.
+
+    A model with such settings defines `settled(settings, input_shape) -> settings`.
+    """
+    name = config.model.name
+    path, other = plugins.split(name)
+    module = plugins.load("models", path)
+    if other or not hasattr(module, "settled"):
+        return config
+    settings = module.settled(config.model.settings, data_shape(config)[1])
+    return replace(config, model=Plugin(name=name, settings=settings))
 
 
 def layer_table(config: TrialConfig) -> LayerTable:

@@ -200,18 +200,26 @@ def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
                 state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load only the model's tensors: a checkpoint of ours, or a state dict as plain safetensors or NumPy's `.npz`.
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """Only the model's tensors: of a checkpoint of ours, or a state dict as plain safetensors or NumPy's `.npz`.
 
     The prefix `module.` that data-parallel training leaves on all names is dropped.
 
     Raises:
-        ConfigError: names the first missing, unexpected and misshapen tensors.
+        ConfigError: the file cannot be read.
     """
     tensors = _read_npz(path) if path.suffix == ".npz" else read(path)[0]
     weights = _part(tensors, "model/") or tensors
-    if all(name.startswith("module.") for name in weights):
-        weights = _part(weights, "module.")
+    return _part(weights, "module.") if all(name.startswith("module.") for name in weights) else weights
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load the model's tensors from a file that `weights_of` reads.
+
+    Raises:
+        ConfigError: names the first missing, unexpected and misshapen tensors.
+    """
+    weights = weights_of(path)
     wanted = model.state_dict()
     faults = [f"lacks {name}" for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     faults += [f"has {name}, which the model lacks" for name in sorted(weights) if name not in wanted]

@@ -75,12 +75,19 @@ class Training:
 @with_config(_STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The float network that every trial starts from: trained once, or a file, or nothing (epochs = 0)."""
+    """The float network that every trial starts from: trained once, or a file, or nothing (epochs = 0).
+
+    A search over architectures gives all of its trials the base network as `parent`; see `trainables.inherit`.
+    """
 
     epochs: Annotated[int, Field(ge=0, le=100_000, description="epochs of the float start; 0: from scratch")] = 10
     lr: Annotated[float, Field(gt=0, le=100, description="learning rate of the float start")] = 0.05
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="examples of a step of the float start")] = 64
     checkpoint: Annotated[str | None, Field(description="safetensors or npz file to start from instead")] = None
+    parent: Annotated[
+        Literal["own"] | dict[str, str | int | float | bool | None],
+        Field(description="`own`, or settings of the model and the data whose float network's weights are inherited"),
+    ] = "own"
 
 
 @dataclass(frozen=True, kw_only=True)

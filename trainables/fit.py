@@ -23,6 +23,7 @@ from trainables.build import build_model, data_shape, load_data
 from trainables.config import TrialConfig, resolve_bits
 from trainables.cost import FLOAT_BITS, Bits, LayerTable, bops, size_bytes
 from trainables.errors import ConfigError, DivergedError
+from trainables.inherit import Inherited, inherit
 from trainables.layers import trace
 from trainables.measures import IMAGES, Measure, known
 from trainables.method import Method, Point
@@ -68,6 +69,8 @@ class Report:
         seconds: wall time of the epoch, evaluation included.
         first_step_at: Unix time of the trial's first optimizer step in this process.
         points: one for each operating point.
+        inherited: tensors that a parent gave the trial's network, `whole` or in `part`, and `fresh` ones
+            (`trainables.inherit`); None where it began with all of a float network, or from scratch.
     """
 
     epoch: int
@@ -76,6 +79,7 @@ class Report:
     seconds: float
     first_step_at: float
     points: list[PointReport]
+    inherited: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON tree; `Report.from_json` reads it."""
@@ -117,9 +121,12 @@ class Session:
         self.table: LayerTable = trace(self.model, self.input_shape)
         self.bits = resolve_bits(config, self.table)
         self._scales: dict[str, Tensor] = {}
-        if start is not None:
+        self.inherited: Inherited | None = None
+        if start is not None and config.start.parent == "own":
             checkpoint.load_weights(start, self.model)
             self._scales = checkpoint.scales(start)
+        elif start is not None:
+            self.inherited = inherit(self.model, checkpoint.weights_of(start))
         self.method = self._method()
         self.method.prepare(self.model, self.table, self.bits)
         shared_norm.share(self.model)
@@ -312,6 +319,7 @@ def fit(
             seconds=time.perf_counter() - began,
             first_step_at=first_step_at,
             points=points,
+            inherited=None if session.inherited is None else asdict(session.inherited),
         )
         if path is not None and world.rank() == 0:
             checkpoint.save(

@@ -61,9 +61,20 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> LayerTable:
     images = torch.randn(BATCH, *input_shape, generator=torch.Generator().manual_seed(0)).to(like)
     tracer = _Tracer(replica, images)
     devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _attention_operator_by_operator(), tracer:
+    with torch.random.fork_rng(devices), torch.no_grad(), _one_thread(), _attention_operator_by_operator(), tracer:
         replica(images)
     return tracer.table()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """So little work is done soonest by one thread, above all on a machine whose cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

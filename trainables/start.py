@@ -1,5 +1,7 @@
 """The shared float start: one float network for all trials of a sweep that have the same model, data and seed.
 
+Trials of other architectures share it too, where `start/parent` names it: they inherit its weights as far as they fit.
+
 Whichever trial needs it first trains it, under a file lock; the others wait and load. What is trained depends on the
 configuration alone, so it does not matter who does it.
 """
@@ -14,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from trainables import checkpoint, world
-from trainables.config import Optimizer, Plugin, Training, TrialConfig, digest
+from trainables.build import settled
+from trainables.config import Optimizer, Plugin, Training, TrialConfig, digest, merged, parse
 from trainables.errors import ConfigError
 from trainables.fit import fit
 from trainables.storage import patiently
@@ -23,14 +26,23 @@ POLL_S = 0.2
 
 
 def start_config(config: TrialConfig) -> TrialConfig:
-    """The configuration of the float network that `config` starts from; how the trial is trained plays no part."""
+    """The configuration of the float network that `config` starts from; how the trial is trained plays no part.
+
+    Raises:
+        ConfigError: `start/parent` is no setting of model or data, or a value that they do not take.
+    """
+    if config.start.parent != "own":
+        wrong = [name for name in config.start.parent if not name.startswith(("model/", "data/"))]
+        if wrong:
+            raise ConfigError(f"start/parent: {', '.join(wrong)}: settings of model and data make a parent")
+        config = parse(merged(config.tree(), config.start.parent))
     return replace(
-        config,
+        settled(config),
         method=Plugin(name="float"),
         bits={},
         optimizer=Optimizer(lr=config.start.lr),
         training=Training(epochs=max(1, config.start.epochs), batch_size=config.start.batch_size),
-        start=replace(config.start, checkpoint=None),
+        start=replace(config.start, checkpoint=None, parent="own"),
     )
 
 
@@ -46,7 +58,7 @@ def float_start(
         device: where to train.
 
     Raises:
-        ConfigError: `start/checkpoint` does not exist.
+        ConfigError: `start/checkpoint` does not exist, or `start/parent` is no network.
     """
     if config.method.name == "float":
         return None

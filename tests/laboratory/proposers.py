@@ -10,8 +10,8 @@ import optuna
 from optuna.distributions import IntDistribution
 
 from raysearch.frontier import Frontier, Tried
-from raysearch.ledger import make_sampler
 from raysearch.proposals import random_values, uniform_proposals
+from raysearch.samplers import make_sampler
 from tests.laboratory.clock import Proposer
 from tests.laboratory.problem import OBJECTIVES, Problem
 

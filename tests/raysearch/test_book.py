@@ -43,6 +43,7 @@ FIELDS = (
         "digest",
         "source",
         "repaired",
+        "inherited",
         "within_limits",
         "method",
         "model",

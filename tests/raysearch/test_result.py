@@ -68,7 +68,7 @@ def test_parquet_holds_the_frame_with_nested_fields_as_json(by_formula: RunFolde
     written = load(by_formula.path).to_parquet(tmp_path / "records.parquet")
     frame, rows = pd.read_parquet(written), by_formula.read_records()
     assert list(frame.columns) == list(rows[0])
-    for name in ("bits", "params", "config", "history", "versions", "git", "timing"):
+    for name in ("inherited", "bits", "params", "config", "history", "versions", "git", "timing"):
         assert [json.loads(text) for text in frame[name]] == [row[name] for row in rows]
     for name in ("trial", "accuracy", "bops", "digest", "status"):
         assert frame[name].tolist() == [row[name] for row in rows]
