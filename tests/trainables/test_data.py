@@ -752,3 +752,32 @@ def test_imagenet_needs_enough_images_of_a_class_for_validation(tmp_path: Path) 
     folders(tmp_path, "imagenet", {"train": pictures(9, COLOUR, 3, 1), "val": pictures(3, COLOUR, 3, 1)})
     with pytest.raises(DataError, match="each class needs at least six training images"):
         imagenet.splits(tmp_path, **SMALL)
+
+
+# Resolution
+
+
+@pytest.mark.parametrize("side", [4, 6, 12])
+def test_digits_of_another_resolution_are_the_same_digits_in_the_same_splits(side: int) -> None:
+    native, other = digits.splits(), digits.splits(resolution=side)
+    config = parse({"method": "float", "model": "lenet5", "data": {"name": "digits", "resolution": side}})
+    assert other.input_shape == data_shape(config)[1] == (1, side, side)
+    for part in ("train", "validation", "test"):
+        ((one, labels),), ((two, same),) = (collect(getattr(data, part), 2000) for data in (native, other))
+        assert torch.equal(labels, same)
+        assert two.shape[1:] == other.input_shape
+        near = torch.corrcoef(torch.stack([one.mean((1, 2, 3)), two.mean((1, 2, 3))]))[0, 1]
+        assert near > 0.9
+
+
+def test_images_of_one_colour_stay_that_colour_at_any_resolution_and_are_made_once() -> None:
+    images = Images(torch.full((3, 2, 8, 8), 77, dtype=torch.uint8), torch.arange(3))
+    assert torch.equal(images.resized(5).pixels, torch.full((3, 2, 5, 5), 77, dtype=torch.uint8))
+    assert images.resized(5) is images.resized(5)
+    assert images.resized(8) is images
+
+
+@pytest.mark.parametrize("side", [0, 33])
+def test_a_resolution_out_of_range_is_refused(side: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data/resolution = {side}: these images take 1..32 pixels"):
+        digits.splits(resolution=side)

@@ -165,6 +165,70 @@ def test_mobilenet_v2_width_rounds_channels_to_multiples_of_8():
     assert trace(model, (3, 32, 32)).macs < trace(build("mobilenet_v2", 10, (3, 32, 32)), (3, 32, 32)).macs / 2
 
 
+OTHERWISE_BUILT = [
+    *[(name, {"kernel": 7, "width": 8}) for name in ("resnet18", "resnet20")],
+    *[(name, {"kernel": 5, "width": 0.25}) for name in ("vgg7", "mobilenet_v1")],
+    *[("lenet5", {"kernel": kernel, "width": 0.25}) for kernel in (3, 7)],
+    ("mobilenet_v2", {"kernel": 7, "expansion": 2, "width": 0.25}),
+    *[("resnet20", {"block": block, "width": 4}) for block in ("preactivation", "bottleneck", "inverted")],
+    *[("resnet18", {"block": block, "depth": 10, "width": 8}) for block in ("preactivation", "bottleneck", "inverted")],
+    ("resnet20", {"block": "bottleneck", "shortcut": "pad", "width": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), OTHERWISE_BUILT, ids=str)
+def test_networks_of_other_kernels_and_blocks_train_and_every_layer_can_be_quantized(name, fields):
+    shape = (1, 28, 28) if name == "lenet5" else (3, 32, 32)
+    model = build(name, 7, shape, **fields)
+    found = trace(model, shape)
+    assert all(layer.quantizable for layer in found.layers)
+    assert (
+        [layer.first for layer in found.layers].count(True) == [layer.last for layer in found.layers].count(True) == 1
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(layer.weights + layer.biases for layer in found.layers) + 2 * found.norm_channels == parameters
+    model(torch.randn(2, *shape)).logsumexp(1).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["vgg7", "resnet18", "resnet20", "mobilenet_v1", "mobilenet_v2"])
+def test_a_larger_kernel_multiplies_the_macs_of_the_blocks_own_convolutions_alone(name):
+    shape = (3, 32, 32)
+    model = build(name, 10, shape)
+    before = {layer.name: layer.macs for layer in trace(model, shape).layers}
+    after = {layer.name: layer.macs for layer in trace(build(name, 10, shape, kernel=5), shape).layers}
+    grown = {layer for layer in before if after[layer] != before[layer]}
+    assert all(9 * after[layer] == 25 * before[layer] for layer in grown)
+    stem = {"vgg7": ""}.get(name, next(iter(before)))
+    spatial = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
+    assert grown == spatial - {stem}
+
+
+def test_lenet5_leaves_as_many_pixels_with_larger_kernels():
+    sizes = {kernel: build("lenet5", 10, (1, 28, 28), kernel=kernel).fc1.in_features for kernel in (3, 5, 7, 9)}
+    assert sizes == {3: 64 * 25, 5: 1024, 7: 1024, 9: 1024}
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_our_residual_networks_have_the_layers_of_torchvisions(block):
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    theirs = ResNet(BasicBlock if block == "basic" else Bottleneck, [1, 1, 1, 1], num_classes=10)
+    ours = build("resnet18", 10, (3, 64, 64), depth=10, block=block)
+    shapes = [{name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert trace(ours, (3, 64, 64)).macs == trace(theirs, (3, 64, 64)).macs
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+
+
+def test_bottlenecks_make_the_papers_resnet_164_of_1_7_million_parameters():
+    model = build("resnet20", 10, (3, 32, 32), depth=110, block="bottleneck")  # 18 blocks a stage, 9n + 2 layers
+    assert sum(isinstance(m, nn.Conv2d) and "downsample" not in n for n, m in model.named_modules()) == 163
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 1.7
+
+
 @pytest.mark.parametrize(("depth", "rows"), [(8, 10), (20, 22), (32, 34), (56, 58)])
 def test_resnet20_depth_counts_its_layers_without_the_two_shortcuts(depth, rows):
     assert len(trace(build("resnet20", 10, (3, 32, 32), depth=depth, width=4), (3, 32, 32)).layers) == rows
@@ -202,8 +266,17 @@ def test_resnet18_for_cifar_has_the_usual_macs():
     ("name", "input_shape", "fields", "message"),
     [
         ("lenet5", (1, 28, 28), {"width": 0.0}, "model/width = 0.0: lenet5 takes a factor above 0"),
-        ("lenet5", (1, 28, 28), {"padding": 5}, "model/padding = 5: lenet5 takes 0..4"),
+        ("lenet5", (1, 28, 28), {"padding": 5}, "model/padding = 5: lenet5 takes 0..4 with model/kernel = 5"),
         ("lenet5", (1, 28, 28), {"padding": -1}, "model/padding = -1: lenet5 takes 0..4"),
+        ("lenet5", (1, 28, 28), {"kernel": 4}, "model/kernel = 4: lenet5 takes an odd number of pixels"),
+        ("vgg7", (3, 32, 32), {"kernel": 17}, "model/kernel = 17: vgg7 takes an odd number of pixels, 1..15"),
+        ("mobilenet_v1", (3, 32, 32), {"kernel": 0}, "model/kernel = 0: mobilenet_v1"),
+        ("mobilenet_v2", (3, 32, 32), {"expansion": 0}, "model/expansion = 0: mobilenet_v2 takes 1 or more"),
+        ("mobilenet_v2", (3, 32, 32), {"kernel": 5, "pretrained": True}, "model/pretrained = True have kernel 3"),
+        ("resnet18", (3, 32, 32), {"depth": 20}, "model/depth = 20: resnet18 takes 8n + 2, such as 10, 18, 26"),
+        ("resnet18", (3, 32, 32), {"block": "plain"}, "model/block = 'plain': resnet18 takes one of basic"),
+        ("resnet18", (3, 32, 32), {"width": 32, "pretrained": True}, "the weights have model/depth = 18"),
+        ("resnet18", (3, 32, 32), {"width": 32, "stem": "mnist"}, "model/stem = 'mnist'"),
         ("lenet5", (1, 8, 8), {"padding": 0}, "too small for lenet5 with model/padding = 0"),
         ("lenet5", (1, 1, 1), {}, "too small for lenet5"),
         ("vgg7", (3, 32, 32), {"width": -1.0}, "model/width = -1.0: vgg7"),
