@@ -17,11 +17,12 @@ from raysearch.ledger import Ledger, Proposal
 from raysearch.networks import configured, existing, sets_any, trimmed
 from raysearch.proposals import cost_of
 from raysearch.records import RunFolder
+from raysearch.repeat import train_command
 from raysearch.seeds import Seeds, proposed
 from raysearch.sweep import Resolved, Sweep, resolve
 from search_spaces import per_layer
 from search_spaces.joint import LayersOf, every_layer
-from tests.raysearch.builders import formula, law, make_run
+from tests.raysearch.builders import SMALL, by_training, drive, formula, law, make_run, open_book
 from trainables.build import layer_table
 from trainables.config import merged, parse
 from trainables.cost import Layer, LayerBits, bops, size_bytes
@@ -182,3 +183,19 @@ def test_trials_of_other_networks_inherit_from_the_base_network_unless_told_othe
     own = replace(joint().sweep, settings={"start/parent": "own"})
     assert resolve(own).base["start"]["parent"] == "own"
     assert resolve(Sweep()).base["start"]["parent"] == "own"
+
+
+def test_trials_begin_with_the_weights_of_one_float_network_and_their_records_say_so(tmp_path: Path) -> None:
+    settings = {**SMALL, "start/epochs": 1}
+    folder, resolved = make(tmp_path / "run", settings=settings, epochs=1, trials=2)
+    tries = [{"model/depth": 8, "model/width": 8, "model/block": "bottleneck"}, {"model/width": 4}]
+    proposed("person", tries, resolved.space, resolved.base).write(folder.seeds)
+    book = open_book(folder, resolved)
+    drive(book, trial=by_training(folder))
+    book.close()
+    assert len(list(folder.starts.glob("*.safetensors"))) == 1
+    bottleneck, basic = folder.read_records()
+    assert bottleneck["status"] == basic["status"] == "complete"
+    assert (bottleneck["inherited"]["fresh"] > 0, basic["inherited"]["fresh"]) == (True, 0)
+    assert set(bottleneck["bits"]) - set(basic["bits"])
+    assert "start/parent" in train_command(folder.read_sweep()["sweep"], basic)
