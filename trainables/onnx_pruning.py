@@ -4,6 +4,10 @@ An output channel without weights makes the same number everywhere: its bias. Wh
 channels read it, the layer goes without the channel, and its readers without the weights for it. What they made of the
 number goes into their biases, unless they pad with zeros, which are another number at the edges: then only channels go
 that are read as 0, such as those with a negative bias in front of a ReLU.
+
+Channels that meet others in a residual sum stay, as weights of 0. One could go only if all branches of its stage had
+pruned it, the layer in front of the stage among them, and methods prune each layer for itself; and a shortcut that pads
+or strides over channels, as ResNet-20's, knows them by their numbers. Packed files store no weights of theirs.
 """
 
 from collections.abc import Mapping

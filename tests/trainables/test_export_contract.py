@@ -103,7 +103,8 @@ def test_packed_files_give_the_same_logits_and_have_the_size_that_is_searched(
 @every_case
 def test_onnx_files_predict_what_torch_predicts(name: str, model: str, tmp_path: Path) -> None:
     found = network(name, model)
-    for point in points(found):
+    first, *rest = points(found)
+    for point in [first, *rest[-1:]]:  # of a switchable network the widest and the narrowest
         point.activate()
         agreed = save_onnx(tmp_path / f"{point.label}.onnx", found.model, images=digits()[:IMAGES])
         assert agreed.close >= 0.97
