@@ -79,7 +79,7 @@ class LossModel:
 
     def curve(self, bits: np.ndarray) -> np.ndarray:
         """The part that is a sum over parameters, (n,)."""
-        return _curve(self.values, bits)[0]
+        return _curve(self.values, bits)
 
     def residual(self, bits: np.ndarray) -> np.ndarray:
         """r of each row of widths, (n,)."""
@@ -105,21 +105,21 @@ def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray) -> LossModel:
     posterior = _Posterior(spread=spread)
     values, cost = centre, np.inf
     for step in range(STEPS):
-        predicted, slopes = _curve(values, bits)
+        predicted, slopes = _curve(values, bits), _slopes(values, bits)
         target = quality - predicted + slopes @ (values - centre)  # of the linearised model, from the prior's centre
         posterior = posterior.updated(slopes, target, choose=step < CHOOSING)
         move = centre + posterior.mean - values
         before = posterior.objective(values - centre, quality - predicted)
         for shrink in (1.0, 0.5, 0.25, 0.1):
             moved = values + shrink * move
-            after = posterior.objective(moved - centre, quality - _curve(moved, bits)[0])
+            after = posterior.objective(moved - centre, quality - _curve(moved, bits))
             if after < before:
                 values = moved
                 break
         if step >= CHOOSING and abs(cost - after) < 1e-3 * max(1.0, abs(after)):
             break
         cost = after
-    known, pull, length = _residual(bits, quality - _curve(values, bits)[0], spread)
+    known, pull, length = _residual(bits, quality - _curve(values, bits), spread)
     return LossModel(
         values=values, root=posterior.root, trust=posterior.prior[0], known=known, pull=pull, length=length
     )
@@ -133,17 +133,21 @@ def guess(prior: np.ndarray) -> LossModel:
     return LossModel(values=values, root=root, trust=1.0, known=np.zeros((0, len(prior))), pull=np.zeros(0))
 
 
-def _curve(values: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The formula without r, (n,), and its derivatives by all values, (n, 5 + 2 x parameters)."""
+def _curve(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """The formula without r, (n,)."""
+    return values[0] + np.exp(values[1]) * np.log(np.exp(values[2]) + _terms(values, bits).sum(axis=1))
+
+
+def _slopes(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Its derivatives by all values, (n, 5 + 2 x parameters)."""
     terms = _terms(values, bits)
     floor, scale = np.exp(values[2]), np.exp(values[1])
     total = floor + terms.sum(axis=1)
-    logs = np.log(total)
     by_s = scale * terms / total[:, None]
     by_d = by_s * (bits - MIDDLE)
     by_bend = (by_d * (bits - MIDDLE)).sum(axis=1) / 4
-    rest = [np.ones(len(bits)), scale * logs, scale * floor / total, by_d.sum(axis=1), by_bend]
-    return values[0] + scale * logs, np.column_stack([*rest, by_s, by_d])
+    rest = [np.ones(len(bits)), scale * np.log(total), scale * floor / total, by_d.sum(axis=1), by_bend]
+    return np.column_stack([*rest, by_s, by_d])
 
 
 def _terms(values: np.ndarray, bits: np.ndarray) -> np.ndarray:

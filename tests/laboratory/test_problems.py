@@ -17,6 +17,7 @@ from tests.laboratory.exact import exact_front, separable_front
 from tests.laboratory.problem import BINS, Fidelity, Formula, Problem, Tables
 from tests.laboratory.problems import CURVES, PROBLEMS, Chain, additive, coupled, problem_named, resnet18, strange
 from tests.laboratory.proposers import PROPOSERS, Default, Random
+from tests.laboratory.stoppers import STOPPERS
 from trainables.cost import Layer
 
 SMALL = tuple(
@@ -125,10 +126,22 @@ def test_trials_side_by_side_end_out_of_order() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["auto", "random", "nsga2"])
-def test_the_same_seed_gives_the_same_simulated_sweep(sampler: str) -> None:
-    problem = PROBLEMS["error"](0)
-    runs = [simulate(problem, PROPOSERS[sampler](problem, 5), trials=40, concurrent=8, seed=5) for _ in range(2)]
+@pytest.mark.parametrize(("stopper", "concurrent"), [("none", 8), ("mo_asha", 32)])
+def test_the_same_seed_gives_the_same_simulated_sweep(sampler: str, stopper: str, concurrent: int) -> None:
+    problem = replace(PROBLEMS["error"](0), fidelity=CURVES["noisy"])
+    runs = [
+        simulate(
+            problem,
+            PROPOSERS[sampler](problem, 5),
+            trials=60,
+            concurrent=concurrent,
+            seed=5,
+            stopper=STOPPERS[stopper](problem),
+        )
+        for _ in range(2)
+    ]
     assert runs[0] == runs[1]
+    assert any(trial.stopped for trial in runs[0]) == (stopper != "none")
 
 
 def test_reports_approach_the_loss_at_full_fidelity() -> None:
