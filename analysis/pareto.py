@@ -250,8 +250,9 @@ def _volume(values: np.ndarray, reference: np.ndarray) -> float:
         return 0.0
     if columns == 1:
         return float(reference[0] - values.min())
-    if columns == 2:  # as a solid of height 1
-        return _volume_3d(np.column_stack([values, np.zeros(len(values))]), np.append(reference, 1.0))
+    if columns == 2:  # a rectangle from each step of the front to the next
+        x, y = values[_front_2d(values)].T
+        return float(np.diff(x, append=reference[0]) @ (reference[1] - y))
     if columns == 3:
         return _volume_3d(values, reference)
     return _volume_in_slices(values[non_dominated(values)], reference)

@@ -103,6 +103,14 @@ def test_no_point_of_the_front_of_a_million_is_dominated(columns):
     assert non_dominated(front).all()
 
 
+def test_hypervolume_of_a_staircase_of_a_million_steps():
+    """Each step is a column of width 1, from its height to the reference."""
+    count = 1_000_000
+    steps = np.arange(count)
+    values = np.column_stack([steps, count - 1 - steps])
+    assert hypervolume(values, np.full(2, count)) == count * (count + 1) / 2
+
+
 @settings(deadline=None)
 @given(grids(most_columns=4))
 def test_hypervolume_is_the_number_of_covered_cells(values):
