@@ -89,7 +89,9 @@ class Book:
 
     def _read_epochs(self) -> None:
         """Take in the epochs on disk, in their order, and what the stopper said to them."""
-        for line in read_trials(self.folder.epochs):
+        for number, line in enumerate(read_trials(self.folder.epochs), start=1):
+            if not isinstance(line.get("epoch"), int):
+                raise RecordError(f"{self.folder.epochs}, line {number} is damaged: it has no epoch")
             row = {key: value for key, value in line.items() if key not in ("trial", "time")}
             self._epochs_known.setdefault(line["trial"], {})[line["epoch"]] = row
             self.epochs_spent += 1
@@ -125,6 +127,18 @@ class Book:
                 self.ledger.pause(proposal.number, paused_at)
         begun = self._ended.keys() | self.paused.keys()
         self.ledger.interrupted = [p for p in self.ledger.interrupted if p.number not in begun]
+        self._mend()
+
+    def _mend(self) -> None:
+        """Trials that the study says have ended, but whose records were lost: those that were complete run again, from
+        their checkpoint if it is still there; of the others, the study knows all that their records said.
+        """
+        for proposal, state, reason in list(self.ledger.ended_beside(self._ended)):
+            if state == TrialState.COMPLETE:
+                self.ledger.interrupted.append(proposal)
+            else:
+                self.live[proposal.number] = self._taken_up(proposal)
+                self.end(proposal.number, "failed" if state == TrialState.FAIL else "pruned", reason)
 
     def _taken_up(self, proposal: Proposal) -> Live:
         """A trial with the epochs that it has on disk."""

@@ -13,7 +13,7 @@ import random
 import time
 import warnings
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
@@ -272,6 +272,12 @@ class Ledger:
                     system_attrs={**attrs, **constraints},
                 )
             )
+
+    def ended_beside(self, known: Container[int]) -> Iterator[tuple[Proposal, TrialState, str]]:
+        """Trials with an end and another number: their proposals, how they ended, and why if not complete."""
+        for trial in self._disk.get_trials(deepcopy=False):
+            if trial.state.is_finished() and trial.number not in known:
+                yield self._proposal(trial), trial.state, trial.user_attrs.get("reason", "")
 
     def running(self) -> list[int]:
         """Numbers of trials without an end."""

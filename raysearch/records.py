@@ -27,6 +27,10 @@ from raysearch.errors import RecordError
 from trainables.storage import patiently
 
 SCHEMA = 1
+DESCRIBED: dict[str, type] = {"name": str, "trials": int, "objectives": dict, "sweep": dict, "space": dict}
+"""What `sweep.json` must hold."""
+STATUSES = ("complete", "pruned", "failed")
+VALUES = ("accuracy", "bops", "size_bytes")
 TESTED = ("test_accuracy", "test_images", "validation_images")
 """What is known of a point once it was tested."""
 
@@ -112,13 +116,16 @@ class RunFolder:
             raise RecordError(f"cannot read {self.sweep}: it holds {json.dumps(tree)[:40]} instead of a sweep")
         if tree.get("schema") != SCHEMA:
             raise RecordError(f"{self.sweep} has schema {tree.get('schema')!r}; this version reads {SCHEMA}")
+        for name, kind in DESCRIBED.items():
+            if not isinstance(tree.get(name), kind) and not (name == "space" and "search" in tree):
+                raise RecordError(f"cannot read {self.sweep}: its {name} is {json.dumps(tree.get(name))[:40]}")
         self._refuse_code(tree.get("sweep"))
         return tree
 
     def read_records(self) -> list[dict[str, Any]]:
         """All records, in the order they were written, each with the test accuracy that was measured for it."""
-        tests = {(t["trial"], t["point"]): t for t in read_trials(self.tests)}
-        rows = list(read_trials(self.records))
+        tests = {(t["trial"], t.get("point")): t for t in read_trials(self.tests)}
+        rows = list(read_points(self.records))
         for row in rows:
             self._refuse_code(
                 [part.get("name") for part in (row.get("config") or {}).values() if isinstance(part, dict)]
@@ -165,6 +172,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
+    if path.is_dir():
+        raise RecordError(f"cannot read {path}: it is a folder")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -189,6 +198,30 @@ def read_trials(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(trial, bool) or not isinstance(trial, int) or trial < 0:
             raise RecordError(f"{path}, line {number} is damaged: its trial is {json.dumps(trial)[:40]}, not a number")
         yield row
+
+
+def read_points(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of the records.
+
+    Raises:
+        RecordError: a complete line that is no record, or repeats an earlier one.
+    """
+    seen = set()
+    for number, row in enumerate(read_trials(path), start=1):
+        status, key = row.get("status"), (row["trial"], json.dumps(row.get("point")))
+        absent = [] if status == "complete" else [None]
+        wrong = [n for n in VALUES if not isinstance(row.get(n), int | float) and row.get(n) not in absent]
+        if status not in STATUSES:
+            fault = f"its status is {json.dumps(status)[:40]}"
+        elif wrong:
+            fault = f"its {wrong[0]} is {json.dumps(row.get(wrong[0]))[:40]}, not a number"
+        elif key in seen:
+            fault = f"it repeats trial {row['trial']}, point {row.get('point')}"
+        else:
+            seen.add(key)
+            yield row
+            continue
+        raise RecordError(f"{path}, line {number} is damaged: {fault}")
 
 
 class Log:
@@ -230,7 +263,7 @@ class Log:
 
 def complete_trials(path: Path) -> list[dict[str, Any]]:
     """The records of a run, after those of its last trial are cut off if a writer was killed between its points."""
-    rows = list(read_trials(path))
+    rows = list(read_points(path))
     last = [row for row in rows if row["trial"] == rows[-1]["trial"]]
     if not rows or len(last) >= last[-1].get("points", 1):
         return rows

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from raysearch.overview import overview
 from raysearch.records import RunFolder
 from raysearch.result import load
 from raysearch.sweep import resolve
-from tests.raysearch.builders import drive, finished_run, make_run, open_book, small_sweep
+from tests.raysearch.builders import by_formula, drive, finished_run, make_run, open_book, proposals, small_sweep, train
 
 
 def reopened(folder: RunFolder) -> None:
@@ -43,7 +44,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, log: str, line: bytes) -> None:
             read(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 200_000, "{}", '{"schema": 1, "name": "run", "trials": "four"}'])
 def test_a_damaged_question_is_named(tmp_path: Path, text: str) -> None:
     folder = finished_run(tmp_path / "run", small_sweep(trials=2))
     folder.sweep.write_text(text)
@@ -74,6 +75,43 @@ def test_torn_ends_are_cut_off_and_the_sweep_goes_on(tmp_path: Path) -> None:
     drive(again)
     again.close()
     assert sorted(row["trial"] for row in folder.read_records()) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"status": None}, "its status is null"),
+        ({"status": "gone"}, 'its status is "gone"'),
+        ({"accuracy": "high"}, 'its accuracy is "high", not a number'),
+        ({"accuracy": None}, "its accuracy is null, not a number"),
+        ({"trial": 0}, "it repeats trial 0, point final"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+    folder = finished_run(tmp_path / "run", small_sweep(trials=2))
+    first, second = folder.records.read_text().splitlines()
+    folder.records.write_text(f"{first}\n{json.dumps(json.loads(second) | changes)}\n")
+    for read in (reopened, lambda folder: overview(folder.path, busy=False)):
+        with pytest.raises(RecordError, match=f"line 2 is damaged: {fault}"):
+            read(folder)
+
+
+@pytest.mark.parametrize("ending", [("complete", None), ("failed", "loss is nan"), ("pruned", "rung rank 2 of 2")])
+def test_lost_records_are_made_again(tmp_path: Path, ending: tuple[str, str | None]) -> None:
+    """The study still has them: what was complete runs again, under its number, and the rest is known."""
+    folder, resolved = make_run(tmp_path / "run", small_sweep(trials=3))
+    book = open_book(folder, resolved)
+    for number, proposal in enumerate(proposals(book.ledger)):
+        train(book, proposal, by_formula(proposal), ending if number == 1 else ("complete", None))
+    book.close()
+    before = folder.read_records()
+    folder.records.write_bytes(folder.records.read_bytes()[:-200].partition(b"\n")[0] + b"\n" + b'{"trial": 1, "po')
+    again = open_book(folder, resolved)
+    drive(again)
+    again.close()
+    told = ("trial", "status", "reason", "accuracy", "size_bytes", "digest", "history")
+    found = sorted(folder.read_records(), key=lambda row: row["trial"])
+    assert [[row[name] for name in told] for row in found] == [[row[name] for name in told] for row in before]
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, None], ids=["damaged", "deleted"])

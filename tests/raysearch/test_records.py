@@ -139,13 +139,11 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
 
 def test_records_carry_the_test_accuracy_that_was_measured_for_their_point(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    write(folder.records, [{"trial": 0, "point": "final"}, {"trial": 1, "point": "a"}, {"trial": 1, "point": "b"}])
+    values = {"status": "complete", "accuracy": 0.6, "bops": 100, "size_bytes": 10}
+    rows = [{"trial": trial, "point": point, **values} for trial, point in [(0, "final"), (1, "a"), (1, "b")]]
+    write(folder.records, rows)
     write(folder.tests, [{"trial": 1, "point": "b", "test_accuracy": 0.5}])
-    assert folder.read_records() == [
-        {"trial": 0, "point": "final"},
-        {"trial": 1, "point": "a"},
-        {"trial": 1, "point": "b", "test_accuracy": 0.5},
-    ]
+    assert folder.read_records() == [*rows[:2], rows[2] | {"test_accuracy": 0.5}]
 
 
 def test_folders_of_trials_sort_as_their_numbers_do() -> None:
