@@ -23,11 +23,11 @@ SHARE = 0.05
 def repeat(folder: RunFolder, trials: int) -> int:
     """Let the run folder have so many trials, all like its first; returns how many metrics its epochs have."""
     record = folder.read_records()[0]
-    epochs = [json.loads(line) for line in folder.epochs.read_text().splitlines()]
+    epochs = [json.loads(line) | {"energy": 1.0} for line in folder.epochs.read_text().splitlines()]
     with folder.records.open("w") as records, folder.epochs.open("w") as lines:
         for number in range(trials):
             for epoch in epochs:
-                lines.write(json.dumps({**epoch, "energy": 1.0, "trial": number}) + "\n")
+                lines.write(json.dumps(epoch | {"trial": number}) + "\n")
             records.write(json.dumps(record | {"trial": number}) + "\n")
     return trials * sum(len(epoch.keys() - {"trial", "epoch", "time"}) for epoch in epochs)
 
