@@ -82,6 +82,10 @@ class GroupSlot(tune.Trainable):
         return _result(self._desk.next_message(), f"{os.getpid()}-{threading.get_native_id()}")
 
 
+WATCHED = ("RUNNING", "PENDING")
+"""A pending trial that has a slot is being handed to it, which may hang as well as in training."""
+
+
 class Watchdog(tune.Callback):
     """Kills a slot's process that has been silent for too long; its trial goes on in another one.
 
@@ -105,7 +109,7 @@ class Watchdog(tune.Callback):
         """Look at the clock; Tune calls this all the time."""
         for trial in trials:
             slot = trial.temporary_state.ray_actor
-            if trial.status != "RUNNING" or slot is None:
+            if slot is None or trial.status not in WATCHED:
                 continue
             if time.monotonic() - self._heard.setdefault(trial.trial_id, time.monotonic()) > self._limit_s:
                 del self._heard[trial.trial_id]
