@@ -7,11 +7,12 @@ values for all parameters of the space is the one without those, so it is not tr
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainables.build import layer_table
-from trainables.config import Tree, merged, parse
 from trainables.cost import Layer
+
+if TYPE_CHECKING:
+    from trainables.config import Tree
 
 CHANGING = ("model/", "data/")
 """What addresses begin with that may change the network."""
@@ -23,7 +24,7 @@ def changes(names: Iterable[str]) -> bool:
     return any(name.startswith(CHANGING) for name in names)
 
 
-def layers_of(base: Tree, values: Mapping[str, Any]) -> Sequence[Layer]:
+def layers_of(base: "Tree", values: Mapping[str, Any]) -> Sequence[Layer]:
     """The quantizable layers of the network of a configuration.
 
     Args:
@@ -33,11 +34,14 @@ def layers_of(base: Tree, values: Mapping[str, Any]) -> Sequence[Layer]:
     Raises:
         ConfigError: there is no such network.
     """
+    from trainables.build import layer_table
+    from trainables.config import merged, parse
+
     changing = {name: value for name, value in values.items() if name.startswith(CHANGING)}
     return layer_table(parse(merged(base, changing))).quantizable
 
 
-def existing(names: Iterable[str], base: Tree, values: Mapping[str, Any]) -> list[str]:
+def existing(names: Iterable[str], base: "Tree", values: Mapping[str, Any]) -> list[str]:
     """Those of a space's parameters that a configuration has, in their order.
 
     Args:
@@ -55,7 +59,7 @@ def existing(names: Iterable[str], base: Tree, values: Mapping[str, Any]) -> lis
     return [name for name in names if not name.startswith(BITS) or sets_any(name, layers)]
 
 
-def trimmed(base: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
+def trimmed(base: "Tree", values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a configuration has.
 
     Raises:
@@ -64,12 +68,14 @@ def trimmed(base: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in existing(values, base, values)}
 
 
-def configured(base: Tree, values: Mapping[str, Any]) -> Tree:
+def configured(base: "Tree", values: Mapping[str, Any]) -> "Tree":
     """JSON tree of the configuration with these values, as far as it has them.
 
     Raises:
         ConfigError: there is no such network.
     """
+    from trainables.config import merged
+
     return merged(base, trimmed(base, values))
 
 

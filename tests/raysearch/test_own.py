@@ -175,6 +175,7 @@ def result(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         trials=6,
         epochs=2,
         concurrent=1,
+        stopper="none",
         settings={"data/train_limit": 128, "data/validation_limit": 64, "start/epochs": 0},
     )
     return raysearch.run(sweep, folder / "run")

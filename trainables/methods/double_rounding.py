@@ -324,7 +324,11 @@ class Method(Base):
             return
         self.switch(model, self.widths[0])
         found = sensitivity.hessian_traces(
-            model, [(images, labels)], layers=[name for name, _, _ in layers], probes=self.settings.probes
+            model,
+            [(images, labels)],
+            layers=[name for name, _, _ in layers],
+            probes=self.settings.probes,
+            signs_in="weights",  # the same signs on every rank, so that ranks together find what one alone does
         ).average
         rows = torch.tensor([*(found[name] for name, _, _ in layers), 1.0], device=images.device) * world.share()
         *traces, shares = world.total(rows)  # a rank may see more of the batch than another
