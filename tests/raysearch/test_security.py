@@ -82,7 +82,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
             ours = processes(driver.pid)
             for pid in {*ours, *descendants(driver.pid)}:
                 listeners |= {addresses[inode]: ours.get(pid, "") for inode in held(pid) if inode in addresses}
-            commands |= {line for pid, line in ours.items() if pid != driver.pid}
+            own = ours.get(driver.pid)  # also that of a child of it which is about to run something else
+            commands |= {line for line in ours.values() if line != own}
             time.sleep(0.2)
     assert driver.returncode == 0, log.read_text()
     return Seen(run, log.read_text(), listeners, commands)
