@@ -20,6 +20,7 @@ Any other loss is a `Formula`: a function of rows of widths, whose front is give
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,7 +67,7 @@ class Fidelity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class Problem(ABC):
     """A network of layers whose loss is a formula; both objectives are minimised.
 
     The cost is that in BOPs as a share of the widest widths'. A child defines `choices`, `losses` and `front`.
@@ -84,18 +85,18 @@ class Problem:
     scale: float = 1.0
 
     @property
+    @abstractmethod
     def choices(self) -> list[tuple[int, ...]]:
         """Widths of each parameter, ascending, in the order of the space."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, bits: np.ndarray) -> np.ndarray:
         """Of rows of widths, (n,)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def front(self) -> np.ndarray:
         """The exact front, columns as in `evaluate`."""
-        raise NotImplementedError
 
     @cached_property
     def space(self) -> dict[str, BaseDistribution]:
