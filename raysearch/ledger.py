@@ -338,7 +338,7 @@ class Ledger:
 
     def _walk(self) -> Iterator[dict[str, Any]]:
         """The whole grid in an order that belongs to the seed, without what a trial has; begun anew after a resume."""
-        had = {tuple(trial.params[name] for name in self.space) for trial in self._disk.get_trials(deepcopy=False)}
+        had = {tuple(trial.params.get(name) for name in self.space) for trial in self._disk.get_trials(deepcopy=False)}
         every = configurations(self.space, random.Random(self.sweep.seed), limit=GRID)
         return (values for values in every if tuple(values.values()) not in had)
 

@@ -108,6 +108,18 @@ def test_a_grid_is_walked_to_its_end_once_in_an_order_of_the_seed(tmp_path: Path
     assert orders[0] != orders[1]
 
 
+def test_a_grid_over_networks_goes_on_where_trials_lack_bits_of_layers_that_they_have_not(tmp_path: Path) -> None:
+    space = {
+        "model/depth": CategoricalDistribution([8, 14]),
+        "bits/layer1.0.conv1/weight": CategoricalDistribution([2, 4]),
+        "bits/layer1.1.conv1/weight": CategoricalDistribution([2, 4]),
+    }
+    sweep = Sweep(model="resnet20", space=space, trials=12, sampler="grid", settings={"model/width": 4})
+    found = run(open_ledger(tmp_path, sweep), 3) + run(open_ledger(tmp_path, sweep))
+    assert sorted(len(p.params) for p in found) == [2] * 2 + [3] * 4
+    assert len({p.cost.digest for p in found}) == 6
+
+
 @pytest.mark.parametrize("space", ["all_layers", "training"])
 def test_a_grid_without_end_is_refused(space: str) -> None:
     with pytest.raises(SweepError, match=r"sampler 'grid' cannot walk .* configurations, at most 100,000"):
