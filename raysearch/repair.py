@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from analysis.allocate import InfeasibleError, allocate, ladder
-from analysis.allocate import Limit as Bound
+from analysis.allocate import allocate
+from analysis.integer_program import InfeasibleError
+from analysis.integer_program import Limit as Bound
+from analysis.ladder import ladder
 from raysearch.bit_layout import MOST_OPTIONS, BitLayout
 from raysearch.layer_sums import tables_of
 from raysearch.limits import Limit

@@ -242,7 +242,8 @@ def seeds_of(
     Raises:
         SweepError: the space has no bits, or the table is of another network.
     """
-    from analysis.allocate import Limit, ladder
+    from analysis.integer_program import Limit
+    from analysis.ladder import ladder
     from raysearch.bit_layout import COSTS, BitLayout
     from trainables.sensitivity import other_network
 

@@ -8,18 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.allocate import (
-    Allocation,
-    InfeasibleError,
-    Limit,
-    allocate,
-    alternatives,
-    bops,
-    ladder,
-    linear_scores,
-    mean_bits,
-    size_bytes,
-)
+from analysis.allocate import allocate, alternatives, bops, linear_scores, mean_bits, size_bytes
+from analysis.integer_program import Allocation, InfeasibleError, Limit
+from analysis.ladder import ladder
 
 WIDTHS = [2, 4, 8]
 

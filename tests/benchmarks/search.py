@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.allocate import Limit, ladder
+from analysis.integer_program import Limit
+from analysis.ladder import ladder
 from tests.laboratory.clock import points, repeated, simulate, wasted
 from tests.laboratory.problem import Problem
 from tests.laboratory.problems import PROBLEMS, problem_named

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from analysis.allocate import Limit as Bound
 from analysis.allocate import allocate
+from analysis.integer_program import Limit as Bound
 from raysearch.errors import SweepError
 from raysearch.ledger import Ledger
 from raysearch.limits import Limit, broken, excesses, limits_of

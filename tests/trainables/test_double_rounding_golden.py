@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.allocate import Limit, allocate, alternatives, linear_scores
+from analysis.allocate import allocate, alternatives, linear_scores
+from analysis.integer_program import Limit
 from tests.golden_vectors import ROOT, index
 from trainables import modules, sensitivity
 from trainables.config import Optimizer
