@@ -18,7 +18,9 @@ from trainables.config import TrialConfig, parse, resolve_bits
 from trainables.cost import INPUT_BITS, LayerBits
 from trainables.errors import ConfigError
 from trainables.fit import Report, Session, fit
-from trainables.methods._bit_planes import BitPlanes, BitPlaneSGD, bit_tensors, penalty, place_values
+from trainables.methods._binary_digits import place_values
+from trainables.methods._bit_plane_sgd import BitPlaneSGD
+from trainables.methods._bit_planes import BitPlanes, bit_tensors, penalty
 from trainables.methods._bit_report import (
     PlaneRow,
     bit_state,

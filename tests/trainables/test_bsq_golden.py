@@ -22,7 +22,9 @@ from trainables import modules
 from trainables.config import Optimizer
 from trainables.cost import Bits, LayerBits, LayerTable
 from trainables.layers import trace
-from trainables.methods._bit_planes import BitPlanes, BitPlaneSGD, bit_tensors, penalty, place_values, used
+from trainables.methods._binary_digits import place_values, used
+from trainables.methods._bit_plane_sgd import BitPlaneSGD
+from trainables.methods._bit_planes import BitPlanes, bit_tensors, penalty
 from trainables.methods._bit_report import bit_state, count, float_state, scheme
 from trainables.methods._dynamic_range import CodedConv2d, DynamicRange, put_at_relus
 from trainables.methods.bsq import Method

@@ -1,4 +1,4 @@
-"""A tensor as bit planes that are trained one by one, and the optimizer that trains them (BSQ, Yang et al. 2021).
+"""A tensor as bit planes that are trained one by one (BSQ, Yang et al. 2021).
 
 A tensor w is `scale * u`, and u is a weighted sum of at most eight planes, each with a positive and a negative part
 (the paper's W_p and W_n, section 3.1):
@@ -8,14 +8,13 @@ A tensor w is `scale * u`, and u is a weighted sum of at most eight planes, each
 Plane 0 is the most significant. The network computes with `scale * round(clamp(u, -1, 1) * steps) / steps`, the paper's
 equation 4. Clamp and rounding pass gradients straight through, also where they saturate, so every plane's gradient is
 the same tensor times a number (equation 3): only that one tensor has to go through the graph. The composed values are
-therefore an ordinary parameter, the autograd leaf; `BitPlaneSGD` takes its gradient, updates the planes in closed form,
-penalty included, and composes the leaf anew.
+therefore an ordinary parameter, the autograd leaf; `update` takes its gradient, moves the planes in closed form,
+penalty included, and composes the leaf anew (`_bit_plane_sgd` does so for all tensors).
 
 Planes beyond the present width are zero, and the width is data (`q_max` = steps): shapes never change. The sign has no
 plane, so a tensor of n planes has 2^(n+1) - 1 values and is n + 1 bits wide.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.encoding import Encoding
+from trainables.methods._binary_digits import binary, signed_place_values, used
 from trainables.modules import Quantizer
 
 MAX_PLANES = 8
@@ -302,37 +302,6 @@ class BitPlanes(Quantizer):
         self.compose(leaf, planes)
 
 
-def place_values(planes: int) -> Tensor:
-    """What one unit of each plane is worth, most significant first; they sum to 1."""
-    return torch.exp2(torch.arange(planes - 1, -1, -1.0)) / max(1, 2**planes - 1)
-
-
-@functools.cache
-def signed_place_values(planes: int, device: torch.device) -> Tensor:
-    """(2 x planes): the value of each positive part, and minus that of each negative part."""
-    values = place_values(planes)
-    return torch.stack([values, -values], dim=1).flatten().to(device)
-
-
-def binary(codes: Tensor, planes: int) -> Tensor:
-    """Integers in -(2^planes - 1)..2^planes - 1 as zeros and ones, (planes, 2, elements), most significant first."""
-    places = torch.arange(planes - 1, -1, -1, device=codes.device, dtype=torch.int32).view(-1, 1, 1)
-    signed = torch.stack([codes, -codes]).clamp_min(0).to(torch.int32)
-    return ((signed >> places) & 1).to(codes.dtype)
-
-
-def one_block(shapes: Sequence[Sequence[int]], *, like: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros of several shapes in one block of memory: many large ones apart leave gaps that nothing else fits."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    block = like[0].new_zeros(sum(sizes)) if sizes else torch.zeros(0)
-    return [part.view(tuple(shape)) for part, shape in zip(block.split(sizes), shapes, strict=True)]
-
-
-def used(planes: Tensor) -> Tensor:
-    """Percent of elements for which each of (planes, 2, elements) is not zero, its two parts subtracted; (planes)."""
-    return (planes[:, 0] != planes[:, 1]).sum(dim=1).double() * 100 / planes.shape[2]
-
-
 def penalty(tensors: Iterable[BitPlanes]) -> Tensor:
     """The reweighed group Lasso (equation 5) as a number without a graph; its gradient is part of the update."""
     found = [tensor for tensor in tensors if tensor.penalty and not tensor.frozen]
@@ -350,50 +319,3 @@ def bit_tensors(model: nn.Module) -> Iterator[tuple[str, str, BitPlanes, nn.Para
             layer, _, name = path.rpartition(".")
             role = name.removesuffix("_quantizer")
             yield layer, role, module, model.get_parameter(f"{layer}.{role}" if layer else role)
-
-
-class BitPlaneSGD(torch.optim.Optimizer):
-    """SGD with momentum and weight decay on tensors in bit representation, from the gradients of their leaves.
-
-    Each tensor is passed over once: momentum, data gradient, penalty, weight decay, step, clamp, composition.
-
-    Args:
-        groups: as for `torch.optim.SGD`, with the key `bit_planes` beside `params`: the `BitPlanes` of each leaf.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        groups = [dict(group) for group in groups]
-        # Not in the groups: loading a state would copy what lies there.
-        self.tensors: dict[Tensor, BitPlanes] = {
-            leaf: tensor
-            for group in groups
-            for leaf, tensor in zip(group["params"], group.pop("bit_planes"), strict=True)
-        }
-        self.widths: dict[Tensor, int] = {}
-        super().__init__(groups, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4})
-
-    def _begin(self) -> None:
-        """Read the widths, and allot the momenta that no loaded state has brought: one block of memory for all."""
-        self.widths = {leaf: tensor.planes for leaf, tensor in self.tensors.items()}
-        new = [leaf for leaf in self.tensors if not self.state[leaf]]
-        rows = [self.tensors[leaf]._trained(self.widths[leaf]) for leaf in new]
-        for leaf, momentum in zip(new, one_block([row.shape for row in rows], like=rows), strict=True):
-            self.state[leaf] |= {"momentum": momentum, "scale_momentum": torch.zeros_like(self.tensors[leaf].scale)}
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; widths are read once, at the first: whoever changes them makes a new optimizer."""
-        if not self.widths:
-            self._begin()
-        for group in self.param_groups:
-            for leaf in group["params"]:
-                tensor = self.tensors[leaf]
-                if leaf.grad is not None:
-                    tensor.update(
-                        leaf,
-                        self.state[leaf],
-                        planes=self.widths[leaf],
-                        lr=group["lr"],
-                        momentum=group["momentum"],
-                        weight_decay=group["weight_decay"],
-                    )

@@ -45,7 +45,8 @@ from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, Laye
 from trainables.errors import ConfigError
 from trainables.method import Method as Base
 from trainables.method import Point
-from trainables.methods._bit_planes import LARGEST, MAX_PLANES, BitPlanes, BitPlaneSGD, bit_tensors, one_block, penalty
+from trainables.methods._bit_plane_sgd import BitPlaneSGD, one_block
+from trainables.methods._bit_planes import LARGEST, MAX_PLANES, BitPlanes, bit_tensors, penalty
 from trainables.methods._bit_report import plane_table
 from trainables.methods._dynamic_range import AsItComes, CodedConv2d, DynamicRange, put_at_relus, relus
 from trainables.methods._lean_layers import LeanReLU
