@@ -21,8 +21,11 @@ from trainables.fit import Session, fit
 from trainables.layers import trace
 from trainables.methods import _norm_sets as norm_sets
 from trainables.methods._norm_sets import SwitchableNorm, switchable_norms
-from trainables.methods.adabits import Method, SwitchableClip, calibrate_norms, parse_widths, position, stage_of
-from trainables.methods.sat import SatWeight
+from trainables.methods._progressive import calibrate_norms, stage_of
+from trainables.methods._sat_quantizers import SatWeight
+from trainables.methods._switchable_clip import SwitchableClip, position
+from trainables.methods._width_lists import parse_widths
+from trainables.methods.adabits import Method
 from trainables.models import mobilenet_v1, mobilenet_v2, resnet20
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,11 @@ from trainables.cost import FLOAT_BITS, LayerBits, bops, payload_bytes
 from trainables.layers import trace
 from trainables.methods import adabits, sat
 from trainables.methods._norm_sets import SwitchableNorm
+from trainables.methods._sat_as_published import evaluation_as_published, published_rates
 from trainables.methods._sat_kernels import unit_levels
-from trainables.methods.adabits import SwitchableClip, position
-from trainables.methods.sat import CLIP_INIT, SatClip, SatWeight, evaluation_as_published, published_rates
+from trainables.methods._sat_quantizers import SatClip, SatWeight
+from trainables.methods._switchable_clip import SwitchableClip, position
+from trainables.methods.sat import CLIP_INIT
 from trainables.models import mobilenet_v1, mobilenet_v2, resnet20
 from trainables.optimizers import Optimizers
 

@@ -16,8 +16,10 @@ from trainables.errors import ConfigError
 from trainables.fit import Session, fit
 from trainables.layers import trace
 from trainables.methods import _sat_kernels as sat_kernels
+from trainables.methods._sat_as_published import evaluation_as_published, published_rates
 from trainables.methods._sat_kernels import FLOAT_CODES, SCHEMES, calibrated_clip, normalise, round_weight, unit_levels
-from trainables.methods.sat import CLIP_INIT, Method, SatClip, SatWeight, evaluation_as_published, published_rates
+from trainables.methods._sat_quantizers import SatClip, SatWeight
+from trainables.methods.sat import CLIP_INIT, Method
 from trainables.models import lenet5, mobilenet_v1, resnet20
 from trainables.optimizers import learning_rate_factor
 

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
@@ -39,131 +38,14 @@ from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, Laye
 from trainables.errors import ConfigError
 from trainables.method import Choices, Point, check_mixture
 from trainables.methods import sat
-from trainables.methods._norm_sets import load_rows, norm_widths, replace_norms, switchable_norms
+from trainables.methods._norm_sets import norm_widths, replace_norms, switchable_norms
+from trainables.methods._progressive import STAGE, Stage, calibrate_norms, stage_of
+from trainables.methods._sat_quantizers import SatClip, normalised_once
+from trainables.methods._switchable_clip import SwitchableClip, position
 from trainables.methods._width_lists import Widths, parse_widths
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig
-
-
-def position(width: int, widths: tuple[int, ...], *, as_published: bool = False) -> int:
-    """Which set and clip level a width has.
-
-    Args:
-        width: in bits.
-        widths: those that have one.
-        as_published: the first for all others, as in the authors' code.
-
-    Raises:
-        ConfigError: `width` is none of `widths`.
-    """
-    if width in widths:
-        return widths.index(width)
-    if as_published:
-        return 0
-    known = ", ".join(str(known) for known in widths)
-    raise ConfigError(f"width {width} was neither trained nor calibrated (there are {known}): add it to extra_widths")
-
-
-class SwitchableClip(sat.SatClip):
-    """SAT's clip with a level for each width (S-CL).
-
-    Args:
-        bits: width, 1..32.
-        levels: how many.
-        options: those of `SatClip`.
-
-    Attributes:
-        index: the level in use; shape ().
-        clip_max: shape (levels,).
-    """
-
-    index: Tensor
-
-    def __init__(self, bits: int, *, levels: int, **options: Any) -> None:
-        super().__init__(bits, **options)
-        self.register_buffer("index", torch.zeros((), dtype=torch.long))
-        self.clip_max = nn.Parameter(self.clip_max.detach().repeat(levels))
-
-    def level(self) -> Tensor:
-        """The bound in use, shape (); the others get a gradient of 0."""
-        if self.clip_max.is_cpu and not torch.compiler.is_compiling():
-            return self.clip_max[int(self.index)]
-        return self.clip_max.index_select(0, self.index.unsqueeze(0))[0]
-
-    def start(self, bound: Tensor) -> None:
-        """Set the bound in use."""
-        self.clip_max.index_copy_(0, self.index.unsqueeze(0), bound.unsqueeze(0))
-
-    @torch.no_grad()
-    def adopt(self, row: int, source: int) -> None:
-        """Start the level `row` from the level `source`."""
-        self.clip_max[row] = self.clip_max[source]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        load_rows(self, state_dict, prefix, ("clip_max",))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class Stage(nn.Module):
-    """Which width progressive training is at: a buffer, so that a resumed trial knows.
-
-    Attributes:
-        current: position in the order of training; shape ().
-    """
-
-    current: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("current", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` itself: in an `nn.Sequential` this runs, too."""
-        return x
-
-    def plain(self) -> nn.Module:
-        """Nothing, for exports."""
-        return nn.Identity()
-
-
-STAGE = "stage_quantizer"
-"""Where a model holds its `Stage`; the ending marks it as no part of the float network."""
-
-
-def stage_of(model: nn.Module) -> Stage:
-    """The stage of a model in progressive training."""
-    stage = model.get_submodule(STAGE)
-    assert isinstance(stage, Stage)
-    return stage
-
-
-@torch.no_grad()
-def calibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Batch-norm calibration: set the statistics in use to the average over `batches`, at the width in use.
-
-    Nothing else changes: the rest of the model runs in evaluation mode, and the random state is left alone.
-
-    Args:
-        model: with switchable norms, switched to a width.
-        batches: images, (batch, channels, height, width) each.
-    """
-    norms = switchable_norms(model)
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.num_batches_tracked[norm.index] = 0  # type: ignore[index]
-        norm.momentum = None  # a plain average; its first batch replaces what there was
-        norm.train()
-    try:
-        for images in batches:
-            model(images)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
 
 
 class Method(sat.Method):
@@ -253,7 +135,7 @@ class Method(sat.Method):
             for row in self.table.quantizable
         }
 
-    def input_quantizer(self, row: Layer, bits: int) -> sat.SatClip:
+    def input_quantizer(self, row: Layer, bits: int) -> SatClip:
         """SAT's, with a level for each width if they switch."""
         if not self.settings.switch_clip:
             return super().input_quantizer(row, bits)
@@ -310,7 +192,7 @@ class Method(sat.Method):
         plain = getattr(model, "_orig_mod", model)
         if self.progressive or self.extra_widths:
             self.recent.append(images)
-        with nullcontext() if model is not plain else sat.normalised_once(plain):
+        with nullcontext() if model is not plain else normalised_once(plain):
             for width in self.training_widths(plain):
                 self._switch(plain, width)
                 yield functional.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
