@@ -10,6 +10,8 @@ from typing import Any
 
 from raysearch.errors import TrialError
 
+SUPERNET = "supernet.safetensors"
+"""File of a run folder that holds the weights."""
 Mixture = dict[str, list[int]]
 Outcome = tuple[float, float]
 RETRIES = 3

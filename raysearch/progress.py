@@ -63,12 +63,14 @@ class PlainProgress(Watcher):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def started(self, folder: "RunFolder", resolved: "Resolved") -> None:
-        """Name the run folder."""
+        """Name the run folder, and who proposes and who stops trials, where that was left open."""
         sweep = resolved.sweep
-        self.say(
-            f"{folder.path}: {sweep.trials} trials of {sweep.method} on {sweep.model}, {sweep.data}, "
-            f"{sweep.epochs} epochs, space {words(sweep.space)} ({len(resolved.space)} parameters)"
-        )
+        what = f"{sweep.method} on {sweep.model}, {sweep.data}, {sweep.epochs} epochs"
+        if not resolved.space:  # one configuration: nobody proposes, and nobody is compared
+            self.say(f"{folder.path}: one training of {what}")
+            return
+        space = f"space {words(sweep.space)} ({len(resolved.space)} parameters)"
+        self.say(f"{folder.path}: {sweep.trials} trials of {what}, {space}")
         if sweep.sampler == "auto":
             from raysearch.choice import choose
 

@@ -80,8 +80,8 @@ def search(
     **options: Any,
 ) -> None:
     """Search the mixtures of a trained network's widths: weights and activations of each layer on their own."""
-    from raysearch.supernet import Search
     from raysearch.supernet import search as run
+    from raysearch.supernet_question import Search
     from raysearch.watching import searched
 
     if objectives is not None:

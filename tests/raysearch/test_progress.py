@@ -69,6 +69,12 @@ def test_plain_progress_is_a_line_for_each_trial_that_ends(tmp_path: Path) -> No
     assert two.endswith(" left")
 
 
+def test_one_training_has_neither_sampler_nor_stopper(tmp_path: Path) -> None:
+    watcher, text = plain()
+    watcher.started(*make_run(tmp_path / "net", small_sweep(trials=1, space={})))
+    assert text.getvalue() == f"{tmp_path / 'net'}: one training of lsq on lenet5, digits, 2 epochs\n"
+
+
 def test_a_sweep_that_goes_on_says_nothing_of_what_ended_before(tmp_path: Path) -> None:
     watcher, text = plain()
     drive(watched(tmp_path / "a-run", watcher), limit=2)
