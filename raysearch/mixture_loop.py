@@ -13,7 +13,7 @@ from typing import Any
 from raysearch import facts
 from raysearch.errors import RecordError
 from raysearch.evaluators import SUPERNET, Workers
-from raysearch.mixtures import Mixtures, Proposed, asked
+from raysearch.mixtures import Mixtures, Proposed, asked, mixture
 from raysearch.proposals import uniform_proposals
 from raysearch.records import SCHEMA, Log, RunFolder, complete_trials, write_json
 from raysearch.seeds import Seeds
@@ -65,7 +65,7 @@ def evaluate_mixtures(
         proposed = mixtures.batch(BATCH)
         _check_known(proposed, rows[:known], folder)
         new = [each for each in proposed if each.number >= known]
-        begun = workers.submit([each.cost.bits for each in new])
+        begun = workers.submit([mixture(each.values, opened.choices) for each in new])
         if before is not None:
             _finish(before, rows, opened, mixtures, workers, log, folder)
             tell(rows, sweep.trials)

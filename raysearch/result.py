@@ -170,7 +170,7 @@ class Result:
 
         from trainables.build import normalisation
         from trainables.onnx_file import save_onnx
-        from trainables.packed import save_packed
+        from trainables.packed_writer import save_packed
         from trainables.program_file import save_program
 
         session = _session(self, trial, point)

@@ -18,6 +18,10 @@ from torch import Tensor
 from trainables.encoding import Bounded, Clipped, Dynamic, Encoding, Thresholds
 from trainables.errors import ConfigError
 
+TENSOR = "packed"
+"""The one tensor of a packed file."""
+FORMAT = 2
+"""Of the description."""
 KINDS: dict[str, type[Encoding]] = {"a": Encoding, "b": Bounded, "t": Thresholds, "d": Dynamic, "c": Clipped}
 EXTRAS = {
     "a": ("divisor", "offset", "multiplies_first"),

@@ -24,7 +24,7 @@ from trainables import checkpoint
 from trainables.errors import ConfigError
 from trainables.fit import Session
 from trainables.onnx_file import save_onnx
-from trainables.packed import save_packed
+from trainables.packed_writer import save_packed
 
 DATA = {"lenet5": "mnist", "resnet20": "cifar10"}
 WIDTHS = ("2", "3", "4", "5", "6", "7", "8", "mixed")

@@ -24,7 +24,7 @@ from trainables.cost import size_bytes
 from trainables.layers import trace
 from trainables.onnx_file import open_session, write_onnx
 from trainables.onnx_graph import INPUT
-from trainables.packed import save_packed
+from trainables.packed_writer import save_packed
 
 NETWORKS = {
     "lenet5": ((1, 28, 28), "mnist"),

@@ -19,7 +19,8 @@ from trainables.method import Point, read_bits
 from trainables.methods._bit_planes import BitPlanes, bit_tensors
 from trainables.methods._gates import GatedQuantizer
 from trainables.onnx_file import save_onnx
-from trainables.packed import load_packed, save_packed
+from trainables.packed import load_packed
+from trainables.packed_writer import save_packed
 from trainables.program_file import save_program
 
 METHODS = list(plugins.describe("trainables.methods"))

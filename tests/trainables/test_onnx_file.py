@@ -19,7 +19,8 @@ from trainables.coded import Rounded
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
 from trainables.onnx_file import Agreement, agreement, open_session, save_onnx, write_onnx
-from trainables.packed import load_packed, save_packed
+from trainables.packed import load_packed
+from trainables.packed_writer import save_packed
 
 TYPES = {2: ("INT2", 25, 13), 4: ("INT4", 21, 10), 8: ("INT8", 20, 9)}
 """Widths that ONNX has. Others are unpacked from bytes, by nodes of any opset."""

@@ -22,7 +22,8 @@ from trainables.cost import HEADER_BYTES
 from trainables.encoding import Encoding, codes_of
 from trainables.errors import ConfigError
 from trainables.method import read_bits
-from trainables.packed import _header_bytes, description, load_packed, save_packed
+from trainables.packed import description, load_packed
+from trainables.packed_writer import _header_bytes, save_packed
 
 
 @st.composite
