@@ -17,8 +17,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from raysearch.limits import FLAGS, Limit, broken
 from trainables.build import layer_table, settled
-from trainables.config import digest, parse, resolve_bits
+from trainables.config import digest, parse
 from trainables.cost import FLOAT_BITS, bops, relative_bops, size_bytes
+from trainables.layer_bits import resolve_bits
 from trainables.measures import Measure, known
 
 Space = Mapping[str, BaseDistribution]

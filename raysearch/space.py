@@ -132,7 +132,8 @@ def check(
     from raysearch.proposals import cheapest, corners
     from raysearch.repair import within_reach
     from trainables.build import layer_table
-    from trainables.config import parse, resolve_bits
+    from trainables.config import parse
+    from trainables.layer_bits import resolve_bits
 
     name = sweep.space if isinstance(sweep.space, str) else words(sweep.space)
     if not space and sweep.trials > 1:

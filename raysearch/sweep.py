@@ -395,7 +395,8 @@ def _own_faults(sweep: Sweep) -> list[str]:
 
 
 def _setting_faults(settings: Mapping[str, Any]) -> list[str]:
-    from trainables.config import PLUGINS, SECTIONS
+    from trainables.config import SECTIONS
+    from trainables.plugin_settings import PLUGINS
 
     flags = {"training/epochs": "--epochs", "seed": "--seed"} | {f"{part}/name": f"--{part}" for part in PLUGINS}
     faults = [f"--set {address}: use {flags[address]}" for address in settings if address in flags]

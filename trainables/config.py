@@ -2,32 +2,27 @@
 
 The tree is what is written to disk and sent to workers; `parse` turns it into a `TrialConfig` and names everything that
 is wrong with it at once. An address is a path in the tree: `optimizer/lr`, `method/per_channel`, `model/width`,
-`bits/conv1/weight`. A layer may be a shell pattern: `bits/*/weight`, `bits/layer1.*/weight`. A name goes before a
-pattern, a longer pattern before a shorter; the first and the last layer keep 8 bits unless named in full. There is
-no decoder: a search space's parameter names are addresses.
+`bits/conv1/weight`. A layer may be a shell pattern: `bits/*/weight`, `bits/layer1.*/weight` (see `layer_bits`). There
+is no decoder: a search space's parameter names are addresses.
 """
 
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model, with_config
 
 from trainables import plugins
-from trainables.cost import FLOAT_BITS, INPUT_BITS, Layer, LayerBits, LayerTable
+from trainables.cost import LayerBits
 from trainables.errors import ConfigError
+from trainables.plugin_settings import PLUGINS, fields_of, owner_of
 
 Tree = dict[str, Any]
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-ENDS_BITS = 8
-"""Width of the first and the last layer unless told otherwise."""
-DEFAULT_BITS = 4
-"""Width of the layers between them unless told otherwise."""
 
 
 @with_config(_STRICT)
@@ -138,9 +133,6 @@ class TrialConfig:
 
 
 SECTIONS: dict[str, type] = {"optimizer": Optimizer, "training": Training, "start": Start}
-PLUGINS = {"method": "methods", "model": "models", "data": "data"}
-_NOT_SETTINGS = ("download", "classes", "num_classes", "input_shape")
-"""Keyword parameters of a factory that whoever calls it fills in."""
 
 
 def merged(tree: Tree, values: Mapping[str, Any]) -> Tree:
@@ -198,51 +190,6 @@ def parse(tree: Mapping[str, Any]) -> TrialConfig:
     return TrialConfig(**parts, seed=seed)
 
 
-def settings_of(kind: str, name: str) -> dict[str, tuple[Any, Any, str]]:
-    """Type, default and description of each setting of a plug-in: address -> (type, default, text)."""
-    return {
-        key: (annotation, default, _description(annotation))
-        for key, (annotation, default) in _plugin_fields(kind, name).items()
-    }
-
-
-def _description(annotation: Any) -> str:
-    for extra in getattr(annotation, "__metadata__", ()):
-        if getattr(extra, "description", None):
-            return str(extra.description)
-    return ""
-
-
-def _plugin_fields(part: str, name: str) -> dict[str, tuple[Any, Any]]:
-    return _fields_of(_owner(part, name))
-
-
-def _owner(part: str, name: str) -> Any:
-    """What defines the settings of a plug-in: a dataclass, or a function with keyword parameters."""
-    wanted = {"method": "Method", "model": "build", "data": "splits"}[part]
-    found = plugins.attribute(PLUGINS[part], name, wanted)
-    return found.Settings if part == "method" else found
-
-
-@cache
-def _fields_of(owner: Any) -> dict[str, tuple[Any, Any]]:
-    if is_dataclass(owner):
-        hints = get_type_hints(owner, include_extras=True)  # inherited ones too
-        return {f.name: (hints[f.name], _default(f)) for f in fields(owner)}
-    hints = inspect.get_annotations(owner, eval_str=True)
-    return {
-        p.name: (hints.get(p.name, Any), p.default)
-        for p in inspect.signature(owner).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_SETTINGS
-    }
-
-
-def _default(setting: Any) -> Any:
-    if setting.default_factory is not MISSING:
-        return setting.default_factory()
-    return inspect.Parameter.empty if setting.default is MISSING else setting.default
-
-
 @cache
 def _adapter(owner: Any) -> TypeAdapter[Any]:
     """Validates settings; made once, because a search parses thousands of configurations."""
@@ -250,14 +197,14 @@ def _adapter(owner: Any) -> TypeAdapter[Any]:
         return TypeAdapter(owner)
     definitions: dict[str, Any] = {
         key: (annotation, ... if default is inspect.Parameter.empty else default)
-        for key, (annotation, default) in _fields_of(owner).items()
+        for key, (annotation, default) in fields_of(owner).items()
     }
     return TypeAdapter(create_model("settings", __config__=_STRICT, **definitions))
 
 
 def _settings(part: str, name: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    owner = _owner(part, name)
-    value = _validated(_adapter(owner), given, part, list(_fields_of(owner)), faults)
+    owner = owner_of(part, name)
+    value = _validated(_adapter(owner), given, part, list(fields_of(owner)), faults)
     return {} if value is None else value.model_dump(mode="json")
 
 
@@ -300,97 +247,6 @@ def _bits(tree: Any, faults: list[str]) -> dict[str, dict[str, int]]:
             else:
                 found.setdefault(layer, {})[role] = width
     return found
-
-
-def resolve_bits(config: TrialConfig, table: LayerTable) -> dict[str, LayerBits]:
-    """Widths of every quantizable layer: as given by name or pattern, else 8 bits at the ends and 4 between them.
-
-    Widths that the method decides itself are 32 here.
-
-    Raises:
-        ConfigError: a layer that the model does not have, a width that the method does not take, or settings that do
-            not fit together; all faults at once.
-    """
-    if config.method.name == "float":
-        if config.bits:
-            raise ConfigError("method 'float' has no bits; take lsq, pact, dorefa, or leave bits out")
-        return {}
-    method = plugins.attribute("methods", config.method.name, "Method")
-    names = [layer.name for layer in table.quantizable]
-    faults = [
-        f"bits/{name}: model {config.model.name!r} has no such layer{plugins.nearest(name, names)}"
-        for name in config.bits
-        if not any(fnmatchcase(layer, name) for layer in names)
-    ]
-    inner = [layer.name for layer in table.quantizable if not (layer.first or layer.last)]
-    faults += [
-        f"bits/{name}: matches only the first or the last layer, which take bits by their full name"
-        for name in config.bits
-        if name not in names
-        and any(fnmatchcase(n, name) for n in names)
-        and not any(fnmatchcase(n, name) for n in inner)
-    ]
-    bits = {}
-    for layer in table.quantizable:
-        weight = _width(config.bits, layer, "weight") if "weight" in method.given_bits else FLOAT_BITS
-        activation = _width(config.bits, layer, "activation") if "activation" in method.given_bits else FLOAT_BITS
-        bits[layer.name] = LayerBits(weight=weight, activation=INPUT_BITS if layer.first else activation)
-        faults += _width_faults(config, layer, bits[layer.name], method)
-    faults += _role_faults(config, method)
-    if config.training.finetune_epochs and not method.learns_bits:
-        faults.append(
-            f"training/finetune_epochs = {config.training.finetune_epochs}: method {config.method.name!r} learns no "
-            "widths that could be fixed; leave it at 0"
-        )
-    elif config.search_epochs < 1:
-        faults.append(
-            f"training/finetune_epochs = {config.training.finetune_epochs}: fewer than training/epochs = "
-            f"{config.training.epochs} are needed, or no width is learned"
-        )
-    faults += method.faults(config, table)
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return bits
-
-
-def _width(bits: Mapping[str, Mapping[str, int]], layer: Layer, role: str) -> int:
-    """By name, else by the longest pattern (not at the ends), else the default."""
-    named = bits.get(layer.name, {}).get(role)
-    if named is not None:
-        return named
-    if layer.first or layer.last:
-        return ENDS_BITS
-    patterns = [name for name, widths in bits.items() if role in widths and fnmatchcase(layer.name, name)]
-    return bits[max(patterns, key=lambda name: (len(name), name))][role] if patterns else DEFAULT_BITS
-
-
-def _role_faults(config: TrialConfig, method: Any) -> Iterable[str]:
-    for name, widths in config.bits.items():
-        for role in widths:
-            if role not in method.given_bits:
-                how = "learns" if method.learns_bits else "has settings for"
-                yield f"bits/{name}/{role}: method {config.method.name!r} {how} its {role} bits; leave it out"
-
-
-def _width_faults(config: TrialConfig, layer: Layer, width: LayerBits, method: Any) -> Iterable[str]:
-    name = config.method.name
-    allowed = f"{method.weight_bits.start}..{method.weight_bits.stop - 1}"
-    if "weight" in method.given_bits and width.weight not in method.weight_bits:
-        yield f"bits/{layer.name}/weight = {width.weight}: method {name!r} takes {allowed}{_one_bit(width.weight)}"
-    given = config.bits.get(layer.name, {}).get("activation", INPUT_BITS)
-    if layer.first and given != INPUT_BITS:
-        yield f"bits/{layer.name}/activation = {given}: the network's input has {INPUT_BITS} bits"
-    lowest = max(method.activation_bits.start, 2 if layer.signed and method.signed_codes else 1)
-    if layer.first or "activation" not in method.given_bits:
-        return
-    if not lowest <= width.activation < method.activation_bits.stop:
-        allowed = f"{lowest}..{method.activation_bits.stop - 1}"
-        why = " where the layer reads negative values" if lowest > method.activation_bits.start else ""
-        yield f"bits/{layer.name}/activation = {width.activation}: method {name!r} takes {allowed}{why}"
-
-
-def _one_bit(width: int) -> str:
-    return " (use 'dorefa' or 'n2uq' for 1 bit)" if width == 1 else ""
 
 
 def digest(config: TrialConfig, bits: Mapping[str, LayerBits]) -> str:

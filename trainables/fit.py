@@ -20,10 +20,11 @@ from torch.nn import functional
 
 from trainables import checkpoint, modules, plugins, quantize, shared_norm, world
 from trainables.build import build_model, data_shape, load_data
-from trainables.config import TrialConfig, resolve_bits
+from trainables.config import TrialConfig
 from trainables.cost import FLOAT_BITS, Bits, LayerTable, bops, size_bytes
 from trainables.errors import ConfigError, DivergedError
 from trainables.inherit import Inherited, inherit
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.measures import IMAGES, Measure, known
 from trainables.method import Method, Point

@@ -32,7 +32,7 @@ def command(kind: str | None, name: str | None) -> None:
 
 def _list_settings(kind: str, name: str) -> None:
     """A line for each setting: address, default, what it is."""
-    from trainables.config import settings_of
+    from trainables.plugin_settings import settings_of
 
     part = {"methods": "method", "models": "model", "data": "data"}.get(kind)
     if part is None:

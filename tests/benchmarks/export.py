@@ -19,8 +19,9 @@ import torch
 
 from trainables import plugins
 from trainables.build import build_model
-from trainables.config import merged, parse, resolve_bits
+from trainables.config import merged, parse
 from trainables.cost import size_bytes
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.onnx_file import open_session, write_onnx
 from trainables.onnx_graph import INPUT

@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from trainables import plugins, quantize
 from trainables.build import build_model
-from trainables.config import merged, parse, resolve_bits
+from trainables.config import merged, parse
 from trainables.cost import LayerTable
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.optimizers import Optimizers
 from trainables.step import training_step

@@ -30,8 +30,9 @@ from raysearch.sweep import Sweep, resolve
 from tests.raysearch.builders import law, small_sweep
 from trainables import cost as trainables_cost
 from trainables.build import layer_table
-from trainables.config import merged, parse, resolve_bits
+from trainables.config import merged, parse
 from trainables.errors import ConfigError
+from trainables.layer_bits import resolve_bits
 
 BASE = resolve(Sweep(space="uniform")).base
 LAYERS = ("conv1", "conv2", "fc1", "fc2", "*")

@@ -19,8 +19,9 @@ from raysearch.space import made
 from search_spaces.per_block import block
 from trainables import plugins
 from trainables.build import layer_table
-from trainables.config import TrialConfig, merged, parse, resolve_bits
+from trainables.config import TrialConfig, merged, parse
 from trainables.cost import Layer, LayerBits
+from trainables.layer_bits import resolve_bits
 
 Values = Mapping[str, Any]
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from trainables import plugins
 from trainables.build import build_model, data_shape, load_data
-from trainables.config import TrialConfig, merged, parse, resolve_bits
+from trainables.config import TrialConfig, merged, parse
 from trainables.cost import LayerTable, size_bytes
 from trainables.fit import Session
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.method import Method, Point
 

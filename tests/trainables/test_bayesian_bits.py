@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from search_spaces.bayesian_bits import space
 from trainables import modules, quantize
 from trainables.build import build_model, layer_table
-from trainables.config import merged, parse, resolve_bits
+from trainables.config import merged, parse
 from trainables.cost import INPUT_BITS, LayerBits, LayerTable, bops, relative_bops
 from trainables.errors import ConfigError
 from trainables.fit import Report, Session, fit
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.methods import _gated_norm as gated_norm
 from trainables.methods._gated_rounding import LEVELS, gated_quantize

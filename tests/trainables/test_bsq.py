@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from trainables import checkpoint
 from trainables.build import build_model, layer_table
-from trainables.config import TrialConfig, parse, resolve_bits
+from trainables.config import TrialConfig, parse
 from trainables.cost import INPUT_BITS, LayerBits
 from trainables.errors import ConfigError
 from trainables.fit import Report, Session, fit
+from trainables.layer_bits import resolve_bits
 from trainables.methods._binary_digits import place_values
 from trainables.methods._bit_plane_sgd import BitPlaneSGD
 from trainables.methods._bit_planes import BitPlanes, bit_tensors, penalty

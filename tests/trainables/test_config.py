@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 
 from trainables import plugins
 from trainables.build import build_model, data_shape, layer_table
-from trainables.config import (
-    DEFAULT_BITS,
-    ENDS_BITS,
-    TrialConfig,
-    digest,
-    merged,
-    parse,
-    resolve_bits,
-    settings_of,
-)
+from trainables.config import TrialConfig, digest, merged, parse
 from trainables.cost import INPUT_BITS, LayerBits
 from trainables.errors import ConfigError, PluginError
+from trainables.layer_bits import DEFAULT_BITS, ENDS_BITS, resolve_bits
+from trainables.plugin_settings import settings_of
 
 BASE: dict[str, Any] = {"method": "lsq", "model": "lenet5", "data": "digits"}
 RESNET = {**BASE, "model": {"name": "resnet20", "depth": 8, "width": 4}}

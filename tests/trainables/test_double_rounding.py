@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from trainables import modules
 from trainables.build import build_model, layer_table
-from trainables.config import TrialConfig, parse, resolve_bits
+from trainables.config import TrialConfig, parse
 from trainables.cost import LayerBits, LayerTable
 from trainables.errors import ConfigError
 from trainables.fit import fit
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.methods import _stored_codes as stored_codes
 from trainables.methods._adaptive_rates import ShortenedStep

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from trainables import checkpoint, modules, plugins
 from trainables.build import build_model
-from trainables.config import Optimizer, parse, settings_of
+from trainables.config import Optimizer, parse
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable, bops, payload_bytes, uniform
 from trainables.layers import trace
 from trainables.method import Method, is_quantizer_parameter
 from trainables.methods.lsq import LearnedScale
 from trainables.optimizers import Optimizers
+from trainables.plugin_settings import settings_of
 from trainables.step import training_step
 
 METHODS = list(plugins.describe("trainables.methods"))

@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from trainables import checkpoint, modules
 from trainables.build import build_model
-from trainables.config import TrialConfig, parse, resolve_bits
+from trainables.config import TrialConfig, parse
 from trainables.cost import LayerBits, LayerTable, uniform
 from trainables.errors import ConfigError
 from trainables.fit import fit
+from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
 from trainables.methods import _threshold_kernels as threshold_kernels
 from trainables.methods import n2uq
