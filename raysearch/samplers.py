@@ -21,7 +21,7 @@ def make_sampler(name: str, seed: int, startup: int, *, conditional: bool = Fals
     """An Optuna sampler by name.
 
     Args:
-        name: one of `raysearch.sweep.SAMPLERS` that is Optuna's.
+        name: one of `raysearch.sweep_checks.SAMPLERS` that is Optuna's.
         seed: of its draws.
         startup: how many trials there are before a model is fitted.
         conditional: whether trials lack parameters; those that always come together are then modelled together.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import RecordError, SweepError
 from raysearch.result import Result
-from raysearch.sweep import DEFAULT_OBJECTIVES, Resolved, Sweep, check_values
+from raysearch.sweep import DEFAULT_OBJECTIVES, Resolved, Sweep
+from raysearch.sweep_checks import check_values
 
 if TYPE_CHECKING:
     from raysearch.proposals import Cost

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from raysearch.options import objectives_of, run_folder, sweep_of, sweep_options
-from raysearch.sweep import SAMPLERS
+from raysearch.sweep_checks import SAMPLERS
 
 TRAINED = (
     *("method", "model", "data", "data_root", "download", "epochs", "workers", "cpus_per_worker", "gpus_per_worker"),
