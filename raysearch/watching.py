@@ -1,7 +1,8 @@
 """A sweep before the eyes of a person: a live view while it runs, and what came of it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,8 @@ def watched(run: Callable[[Any], Any], *, register: bool | None = None) -> None:
     console = Console(stderr=True)
     live = sys.stdout.isatty() and console.is_terminal
     watcher = _Remembering(LiveProgress(console) if live else PlainProgress(console))
-    try:
+    with _resumable(watcher):
         result = run(watcher)
-    except KeyboardInterrupt:
-        if watcher.path is not None:
-            click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
-        raise
     _show(result, register)
 
 
@@ -41,14 +38,21 @@ def searched(run: Callable[[Any], Any]) -> Any:
     from raysearch.progress import SearchProgress
 
     watcher = SearchProgress(Console(stderr=True))
-    try:
+    with _resumable(watcher):
         result = run(watcher)
+    _show(result, None)
+    return result
+
+
+@contextmanager
+def _resumable(watcher: Any) -> Iterator[None]:
+    """Say how to go on after an interruption, if there is a run folder already."""
+    try:
+        yield
     except KeyboardInterrupt:
         if watcher.path is not None:
             click.echo(f"\ninterrupted; everything is kept. Go on with: raysearch resume {watcher.path}", err=True)
         raise
-    _show(result, None)
-    return result
 
 
 class _Remembering:

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from trainables import plugins
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
 from trainables.layers import trace
+from trainables.modes import in_mode
 from trainables.onnx_file import open_session, write_onnx
 from trainables.onnx_graph import INPUT
 
@@ -146,14 +148,10 @@ def _inputs(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, Te
     def keep(name: str) -> Any:
         return lambda _, given: found.setdefault(name, given[0].detach().clone())
 
-    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in layers]
-    training = model.training
-    try:
-        model.eval()(torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with in_mode(model, training=False), ExitStack() as hooks:
+        for name, module in layers:
+            hooks.enter_context(module.register_forward_pre_hook(keep(name)))
+        model(torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)))
     return found
 
 

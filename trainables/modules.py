@@ -6,6 +6,7 @@ layer that it replaces, so the state dict of the float network loads into the qu
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from trainables.cost import Layer
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
+from trainables.modes import in_mode
 
 
 class Quantizer(nn.Module):
@@ -260,26 +262,22 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
-    hooks = []
-    for _, layer in quantized_layers(model):
-        layer.weight_quantizer.calibrate(layer.weight)
-        if layer.input_quantizer is not None:
-            hooks.append(
-                layer.input_quantizer.register_forward_pre_hook(lambda quantizer, args: quantizer.calibrate(args[0]))
-            )
     counts = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
     for norm in norms:
         norm.momentum = 0.0
-    model.train()
     try:
-        model(images)
+        with in_mode(model, training=True), ExitStack() as hooks:
+            for _, layer in quantized_layers(model):
+                layer.weight_quantizer.calibrate(layer.weight)
+                if layer.input_quantizer is not None:
+                    hooks.enter_context(layer.input_quantizer.register_forward_pre_hook(_calibrate_input))
+            model(images)
     finally:
-        for hook in hooks:
-            hook.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for norm, count in zip((n for n in norms if n.num_batches_tracked is not None), counts, strict=True):
             norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
-        for module, training in modes:
-            module.training = training
+
+
+def _calibrate_input(quantizer: Any, args: tuple[Tensor, ...]) -> None:
+    quantizer.calibrate(args[0])

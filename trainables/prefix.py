@@ -13,6 +13,7 @@ plain evaluation, bit for bit.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -24,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trainables import modules
 from trainables.cost import Bits
 from trainables.method import Choices
+from trainables.modes import in_mode
 
 Name = bytes
 
@@ -333,7 +335,6 @@ def recalibrate(model: nn.Module, images: Tensor) -> None:
     """
     inside = {part for m in model.modules() if isinstance(m, modules.NormSets) for part in _parts(m)}
     norms = [m for m in model.modules() if _norm(m) is not None and m not in inside]
-    modes = [(module, module.training) for module in model.modules()]
 
     def feed(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         mean, var = statistics(args[0])
@@ -343,14 +344,10 @@ def recalibrate(model: nn.Module, images: Tensor) -> None:
             norm.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
             norm.running_var.copy_(var)  # type: ignore[operator, union-attr]
 
-    hooks = [norm.register_forward_pre_hook(feed) for norm in norms]
-    try:
-        model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+    with in_mode(model, training=False), ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(feed))
+        model(images)
 
 
 def _parts(module: Any) -> set[nn.Module]:

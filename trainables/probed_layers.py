@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.errors import ConfigError
+from trainables.modes import in_mode
 
 Variable = Literal["nudge", "weight"]
 """What a network is differentiated by."""
@@ -145,8 +146,6 @@ def unquantized(model: nn.Module, names: Sequence[str] | None, variable: Variabl
         if unknown:
             raise ConfigError(f"layers {unknown} are no convolutions or linear layers of the network: {list(layers)}")
     probed = {name: Probed(layer, variable) for name, layer in layers.items()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     changed: list[nn.Module] = []
     try:
         for layer in probed.values():
@@ -156,13 +155,11 @@ def unquantized(model: nn.Module, names: Sequence[str] | None, variable: Variabl
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 module.forward = _affine(module)  # type: ignore[method-assign, assignment]
                 changed.append(module)
-        with torch.enable_grad():
+        with in_mode(model, training=False), torch.enable_grad():
             yield {name: layer for name, layer in probed.items() if names is None or name in names}
     finally:
         for module in changed:
             del module.forward
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.methods._norm_sets import switchable_norms
+from trainables.modes import in_mode
 
 
 class Stage(nn.Module):
@@ -56,18 +57,15 @@ def calibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: images, (batch, channels, height, width) each.
     """
     norms = switchable_norms(model)
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.num_batches_tracked[norm.index] = 0  # type: ignore[index]
-        norm.momentum = None  # a plain average; its first batch replaces what there was
-        norm.train()
-    try:
-        for images in batches:
-            model(images)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    with in_mode(model, training=False):
+        for norm in norms:
+            norm.num_batches_tracked[norm.index] = 0  # type: ignore[index]
+            norm.momentum = None  # a plain average; its first batch replaces what there was
+            norm.train()
+        try:
+            for images in batches:
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -11,6 +11,7 @@ same tensor, such as a block's first convolution and its shortcut, stand in the 
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables import modules
+from trainables.modes import in_mode
 
 OUTER = -1
 """In place of a layer's number: the network's own width."""
@@ -161,14 +163,10 @@ def record_order(model: nn.Module, layers: Sequence[nn.Module], images: Tensor) 
         assert isinstance(norm, SwitchedNorm)
         norm.order.copy_(torch.tensor(latest[0]))
 
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    hooks += [norm.register_forward_pre_hook(note) for norm in switched_norms(model)]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+    with in_mode(model, training=False), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(enter))
+        for norm in switched_norms(model):
+            hooks.enter_context(norm.register_forward_pre_hook(note))
+        model(images)
     return [(numbers.get(layer, i), leaders.get(layer, i)) for i, layer in enumerate(layers)]

@@ -160,17 +160,21 @@ class Method(sat.Method):
         return max(0, place - len(self.widths) + 1)
 
     def _switch(self, model: nn.Module, width: int) -> None:
-        place = position(width, self.widths + self.extra_widths)
-        bits = self.bits_at(width)
+        self._set_bits(model, self.bits_at(width))
+        row = self._norm_row(position(width, self.widths + self.extra_widths))
+        for norm in switchable_norms(model):
+            norm.index.fill_(row)
+
+    def _set_bits(self, model: nn.Module, bits: Bits) -> None:
+        """Widths of all quantizers; clip levels go by those of the activations."""
+        places = self.widths + self.extra_widths
         for name, layer in modules.quantized_layers(model):
             layer.weight_quantizer.set_bits(bits[name].weight)
             clip = layer.input_quantizer
             if clip is not None:
                 clip.set_bits(bits[name].activation)
                 if isinstance(clip, SwitchableClip):
-                    clip.index.fill_(place)
-        for norm in switchable_norms(model):
-            norm.index.fill_(self._norm_row(place))
+                    clip.index.fill_(position(bits[name].activation, places))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -281,14 +285,8 @@ class Method(sat.Method):
         )
 
     def _mix(self, model: nn.Module, bits: Bits) -> None:
+        self._set_bits(model, bits)
         places = self.widths + self.extra_widths
-        for name, layer in modules.quantized_layers(model):
-            layer.weight_quantizer.set_bits(bits[name].weight)
-            clip = layer.input_quantizer
-            if clip is not None:
-                clip.set_bits(bits[name].activation)
-                if isinstance(clip, SwitchableClip):
-                    clip.index.fill_(position(bits[name].activation, places))
         inner = [row.name for row in self.table.quantizable if not (row.first or row.last)]
         by_layer = {name: bits[name].weight for name in inner}
         for norm, width in norm_widths(model, by_layer, beside=by_layer[inner[0]] if inner else self.widths[0]):

@@ -37,6 +37,7 @@ What we do otherwise than the published code, and how to get it:
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -52,6 +53,7 @@ from trainables.method import Method as Base
 from trainables.method import Point
 from trainables.methods import _gated_norm as gated_norm
 from trainables.methods._gates import GATE_INIT, GATED, OFF_BELOW, UNQUANTIZED, GatedQuantizer, penalties, quantizers
+from trainables.modes import in_mode
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig
@@ -240,16 +242,10 @@ class Method(Base):
         def start(quantizer: Any, inputs: tuple[Tensor]) -> None:
             quantizer.calibrate(inputs[0], magnitude=not published)
 
-        modes = [(module, module.training) for module in model.modules()]
-        hooks = [quantizer.register_forward_pre_hook(start) for quantizer in quantizers(model)]
-        model.train()
-        try:
+        with in_mode(model, training=True), ExitStack() as hooks:
+            for quantizer in quantizers(model):
+                hooks.enter_context(quantizer.register_forward_pre_hook(start))
             model(images[:2] if published else images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, training in modes:
-                module.training = training
         if not published:
             for name, value in statistics.items():
                 model.get_buffer(name).copy_(value)
