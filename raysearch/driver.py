@@ -8,6 +8,7 @@ A driver may be killed at any point: whatever was reported is on disk, and `resu
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from raysearch import facts
 from raysearch.connection import ray_for
 from raysearch.errors import RecordError, SweepError, TrialError
 from raysearch.nodes import Capacity, survey
-from raysearch.records import SCHEMA, RunFolder, write_json
+from raysearch.records import SCHEMA, RunFolder, complete_trials, write_json
 from raysearch.seeds import Seeds
 from raysearch.sensitivities import read_seeds, seed
 from raysearch.space import read, written
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from raysearch.book import Book
     from raysearch.ledger import Proposal
     from raysearch.result import Result
+    from raysearch.tracking import Status
 
 MIRROR_WAIT_S = 60.0
 INTERRUPTED_WAIT_S = 5.0
@@ -87,6 +89,8 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
         RecordError: no run folder.
         SweepError: another driver is at work on it, or a file of a plug-in has changed.
     """
+    from raysearch.tracking import start_mirror
+
     folder = RunFolder(Path(path))
     described = folder.read_sweep()
     if "search" in described:
@@ -95,6 +99,10 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     check_files(described.get("files", {}))
     with locked(folder):
         resolved = resolve(sweep, read(described["space"]))
+        over = _records_if_over(folder)
+        if over is not None:
+            (watcher or Watcher()).started(folder, resolved)
+            return _outcome(folder, start_mirror(folder.path, sweep.mlflow_uri).close(MIRROR_WAIT_S), over)
         _load_data(resolved)
         with ray_for(resolved.sweep) as joined:
             capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)
@@ -198,7 +206,6 @@ def _uses_group(sweep: Sweep, gpus_per_worker: float) -> bool:
 def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: Watcher) -> "Result":
     from raysearch.book import Book
     from raysearch.ledger import Ledger
-    from raysearch.result import Result
     from raysearch.tracking import start_mirror
 
     with _groups(folder, resolved.sweep, capacity) as groups:
@@ -218,11 +225,26 @@ def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: W
             watcher.closed()
             book.close()
             mirrored = mirror.close(mirror_wait_s)
-    result = Result(folder.path, mirrored=mirrored)
-    if not book.has_points():
-        reasons = sorted({row["reason"] for row in book.rows if row["reason"]})
-        raise TrialError(f"all {len(book.rows)} trials failed: {'; '.join(reasons[:3])} (records in {folder.records})")
-    return result
+    return _outcome(folder, mirrored, book.rows)
+
+
+def _records_if_over(folder: RunFolder) -> list[dict[str, Any]] | None:
+    """The records of a sweep that has ended and lost none of them since; None where there is something left to do."""
+    try:
+        trials = json.loads(folder.end.read_text(encoding="utf-8"))["trials"]
+    except (OSError, ValueError, LookupError, TypeError):  # not yet written, or damaged: it is written anew
+        return None
+    rows = complete_trials(folder.records)
+    return rows if len({row["trial"] for row in rows}) == trials else None
+
+
+def _outcome(folder: RunFolder, mirrored: "Status", rows: list[dict[str, Any]]) -> "Result":
+    from raysearch.result import Result
+
+    if not any(row["status"] == "complete" for row in rows):
+        reasons = sorted({row["reason"] for row in rows if row["reason"]})
+        raise TrialError(f"all {len(rows)} trials failed: {'; '.join(reasons[:3])} (records in {folder.records})")
+    return Result(folder.path, mirrored=mirrored)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from raysearch.driver import resume
 from raysearch.errors import RecordError
 from raysearch.mlflow_links import PROGRESS, Progress
 from raysearch.overview import overview
-from raysearch.records import RunFolder
+from raysearch.records import RunFolder, write_json
 from raysearch.result import load
 from raysearch.sweep import resolve
 from tests.raysearch.builders import by_formula, drive, finished_run, make_run, open_book, proposals, small_sweep, train
@@ -112,6 +114,18 @@ def test_lost_records_are_made_again(tmp_path: Path, ending: tuple[str, str | No
     told = ("trial", "status", "reason", "accuracy", "size_bytes", "digest", "history")
     found = sorted(folder.read_records(), key=lambda row: row["trial"])
     assert [[row[name] for name in told] for row in found] == [[row[name] for name in told] for row in before]
+
+
+def test_a_sweep_that_is_over_is_resumed_without_ray(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run", small_sweep(trials=3))
+    write_json(folder.end, {"trials": 3})
+    written = [folder.records.read_bytes(), folder.study.read_bytes()]
+    result = resume(folder.path)
+    assert result.mirrored
+    assert result.mirrored.complete
+    assert len(result.records()) == 3
+    assert [folder.records.read_bytes(), folder.study.read_bytes()] == written
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, None], ids=["damaged", "deleted"])
