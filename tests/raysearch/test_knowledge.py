@@ -13,7 +13,7 @@ from raysearch.records import write_json
 from raysearch.sensitivities import read_seeds, seed, write
 from raysearch.sweep import Sweep, resolve
 from tests.raysearch.builders import drive, formula, make_run, open_book, small_sweep
-from tests.raysearch.test_sensitivities import made
+from tests.raysearch.sensitivity_tables import random_table
 
 WIDE = {"conv1": [8, 8], "conv2": [4, 3], "fc1": [2, 2], "fc2": [5, 6]}
 
@@ -94,7 +94,7 @@ def test_all_that_is_known_before_a_sweep_is_told_apart_in_its_records(tmp_path:
     """What `--try`, `--warm-start` and `--seed-from` give to one sweep, whose cost is a measure of one's own."""
     (tmp_path / "energy.py").write_text("def measure(layer, bits):\n    return layer.macs * bits.weight\n")
     write_json(tmp_path / "try.json", [WIDE])
-    write(made(0, ("conv1", "conv2", "fc1", "fc2")), tmp_path / "s.json")
+    write(random_table(0, ("conv1", "conv2", "fc1", "fc2")), tmp_path / "s.json")
     earlier = finished(tmp_path / "earlier", small_sweep(space="all_layers", trials=8))
     sweep = small_sweep(
         space="all_layers",

@@ -21,12 +21,12 @@ from raysearch.sensitivities import expected_rises, read, seeds_of, write
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import law, make_run, small_sweep
 from tests.raysearch.cluster import cluster, command
+from tests.raysearch.sensitivity_tables import WIDTHS, random_table
 from trainables.cost import Layer
 from trainables.layer_profile import Plan
 
 __all__ = ["cluster"]
 
-WIDTHS = (2, 4, 8)
 SMALL: dict[str, Any] = {"data/train_limit": 256, "data/validation_limit": 128, "start/epochs": 2}
 PLAN = Plan(widths=WIDTHS, batches=2, batch_size=32, probes=4, images=64)
 LAYERS = [
@@ -41,20 +41,6 @@ SPACE = {f"bits/l1/{role}": IntDistribution(2, 8, step=2) for role in ("weight",
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     return raysearch.sensitivity(Sweep(model="lenet5", settings=SMALL), PLAN)
-
-
-def made(seed: int, names: tuple[str, ...] = ("l0", "l1", "l2")) -> pd.DataFrame:
-    """A table of random sensitivities, with errors that fall."""
-    rng = np.random.default_rng(seed)
-    frame = pd.DataFrame(
-        {"layer": names, **{c: rng.exponential(size=len(names)) for c in ("hessian", "fisher", "fisher_read")}}
-    )
-    for role in ("weight", "activation"):
-        for bits in WIDTHS:
-            frame[f"{role}_error_{bits}"] = rng.exponential(size=len(names)) * 4.0**-bits
-            frame[f"{role}_rise_{bits}"] = rng.normal(size=len(names))
-    frame.attrs = {"model": "m", "data": "d", "widths": list(WIDTHS)}
-    return frame
 
 
 def test_every_layer_has_traces_with_errors_quantization_errors_and_drops(table: pd.DataFrame) -> None:
@@ -96,7 +82,7 @@ def test_people_get_a_table_and_a_picture(table: pd.DataFrame, tmp_path: Path) -
     cost=st.sampled_from(["bops", "energy"]),
 )
 def test_each_proposal_is_what_a_brute_force_finds_under_its_budget(seed: int, score: str, cost: str) -> None:
-    frame = made(seed)
+    frame = random_table(seed)
     tables = {"energy": np.random.default_rng(seed).random((3, 33, 33))}
     seeds = seeds_of(frame, SPACE, LAYERS, {}, {"accuracy": "max", cost: "min"}, score=score, tables=tables)
     rises, layout = expected_rises(frame, score), BitLayout(SPACE, LAYERS, tables=tables)
@@ -122,7 +108,7 @@ def test_each_proposal_is_what_a_brute_force_finds_under_its_budget(seed: int, s
 @given(seed=st.integers(0, 10_000))
 def test_expected_rises_never_rise_with_the_width_and_are_never_negative(seed: int) -> None:
     for score in ("fisher", "hessian", "rise"):
-        for values in expected_rises(made(seed), score).values():
+        for values in expected_rises(random_table(seed), score).values():
             assert all(value >= 0 for value in values.values())
             assert list(values.values()) == sorted(values.values(), reverse=True)
 
@@ -186,7 +172,7 @@ def test_a_sweep_without_use_for_the_sensitivities_is_refused(
 
 
 def test_scores_that_are_unknown_or_not_measured_are_refused() -> None:
-    frame = made(0)
+    frame = random_table(0)
     with pytest.raises(SweepError, match="score = 'trace': one of fisher, hessian, rise"):
         expected_rises(frame, "trace")
     bare = frame.drop(columns=[name for name in frame if "_rise_" in name])

@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from tests.golden_vectors import Arrays, load
-from tests.trainables.golden_adabits import (
-    FILES,
-    METHOD,
-    Settings,
-    settings_of,
-    tolerance,
-)
+from tests.trainables.golden_adabits import FILES, METHOD, Settings, settings_of, tolerance
 from trainables.config import Optimizer
 from trainables.cost import FLOAT_BITS, LayerBits, bops, payload_bytes
 from trainables.layers import trace

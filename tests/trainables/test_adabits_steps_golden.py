@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.trainables.golden_adabits import (
-    FILES,
-    Settings,
-    arrays_of,
-    assert_close,
-    method_settings,
-    settings_of,
-)
+from tests.trainables.golden_adabits import FILES, Settings, arrays_of, assert_close, method_settings, settings_of
 from trainables.config import Optimizer
 from trainables.cost import LayerBits
 from trainables.layers import trace

@@ -11,11 +11,7 @@ from trainables.config import parse
 from trainables.cost import INPUT_BITS, LayerBits, bops, relative_bops
 from trainables.layers import trace
 from trainables.methods._gated_rounding import LEVELS
-from trainables.methods._gates import (
-    GatedQuantizer,
-    penalties,
-    quantizers,
-)
+from trainables.methods._gates import GatedQuantizer, penalties, quantizers
 from trainables.methods.bayesian_bits import MODES
 
 

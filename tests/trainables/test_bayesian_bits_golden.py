@@ -1,21 +1,28 @@
-"""Bayesian Bits against arrays that the authors' published code computed.
-
-Whatever `golden/bayesian_bits/index.json` lists goes through our quantizers, layers, penalty and method. The networks
-of the golden set quantize what a layer makes, so they are put together here from the method's own pieces. Names in the
-set: `gammas` and `gamma_2` are our `gate_logits` and `pruning_logits`, `x_max` is `clip_max`, `gamma` and `beta` of a
-batch norm are its weight and bias.
-"""
+"""Bayesian Bits against arrays that the authors' published code computed: gates, quantizers, layers, networks."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.golden_vectors import Arrays, cases, index
+from tests.golden_vectors import index
+from tests.trainables.golden_bayesian_bits import (
+    DTYPES,
+    EXACT,
+    FIXED,
+    METHOD,
+    Settings,
+    State,
+    Stored,
+    close,
+    fixed_bits,
+    input_factors,
+    listed,
+    relative_bops,
+    tensors,
+)
 from trainables.methods import _gated_norm as gated_norm
 from trainables.methods._gated_rounding import LEVELS
 from trainables.methods._gates import (
@@ -28,59 +35,8 @@ from trainables.methods._gates import (
 )
 from trainables.modules import quantize_output
 
-METHOD = "bayesian_bits"
-Settings = dict[str, Any]
-State = dict[str, Tensor]
-
-# The index gives its tolerances as a sentence (`conventions`, `tolerances`); these are its numbers.
-DTYPES = {"f64": torch.float64, "f32": torch.float32}
-EXACT = {"rtol": 1e-9, "atol": 1e-12}
 ONE_LAYER = {"f64": {"rtol": 1e-8, "atol": 1e-10}, "f32": {"rtol": 0.0, "atol": 3e-6}}
 ONE_LAYER_GRADIENT = {"f64": {"rtol": 1e-8, "atol": 1e-10}, "f32": {"rtol": 1e-4, "atol": 1e-5}}
-TRAINING = {"f64": {"rtol": 1e-7, "atol": 1e-9}, "f32": {"rtol": 2e-3, "atol": 2e-4}}
-AFTER_ADAM = {"f64": {"rtol": 1e-7, "atol": 1e-9}, "f32": {"rtol": 0.0, "atol": 2.1e-3}}
-TEST_AFTER_ADAM = {"f64": {"rtol": 1e-7, "atol": 1e-9}, "f32": {"rtol": 0.0, "atol": 5e-2}}
-
-
-def listed(file: str, only: Callable[[str, Settings], bool] = lambda name, settings: True) -> Any:
-    """Runs a test on every case of a file, or on those that it wants."""
-    found = [case for case in cases(METHOD, file) if only(case[0], case[1])]
-    return pytest.mark.parametrize(("name", "settings", "arrays"), found, ids=[name for name, _, _ in found])
-
-
-def tensors(arrays: Arrays) -> State:
-    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-
-
-def close(computed: Tensor, stored: Tensor, tolerance: dict[str, float], name: str) -> None:
-    torch.testing.assert_close(
-        computed.detach().to(stored.dtype).reshape(stored.shape),
-        stored,
-        **tolerance,
-        msg=lambda text: f"{name}: {text}",
-    )
-
-
-class Stored:
-    """Hands out written-down noise in place of random numbers; what was not drawn then has no effect and is 0.5."""
-
-    def __init__(self, *parts: Tensor) -> None:
-        self.left = torch.cat([part.double().reshape(-1) for part in parts]) if parts else torch.empty(0)
-
-    def __call__(self, count: int, *, device: Any, dtype: torch.dtype) -> Tensor:
-        drawn, self.left = self.left[:count], self.left[count:]
-        return nn.functional.pad(drawn, (0, count - len(drawn)), value=0.5).to(dtype)
-
-
-FIXED = {"fixed_8bit": (8, 8), "fixed_4bit": (4, 4), "fixed_48bit": (4, 8)}
-
-
-def fixed_bits(settings: Settings, *, activation: bool = False) -> int | None:
-    """The width that a case's flags fix."""
-    for flag, widths in FIXED.items():
-        if settings.get(flag):
-            return widths[activation]
-    return UNQUANTIZED if settings.get("prune_only") else None
 
 
 def prunes(settings: Settings) -> bool:
@@ -111,10 +67,6 @@ def fill(quantizer: GatedQuantizer, values: State) -> None:
             parameter.data.copy_(values[name].reshape(parameter.shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gates
-
-
 @listed("gates.npz", lambda name, settings: name == "probabilities")
 def test_a_logit_gives_the_published_probabilities_and_gates_of_tests(name, settings, arrays):
     stored = tensors(arrays)
@@ -134,10 +86,6 @@ def test_noise_gives_the_published_gates_and_their_slopes(name, settings, arrays
     close(gates, stored["z"], EXACT, "z")
     assert logits.grad is not None
     close(logits.grad, stored["dz"], EXACT, "dz")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One quantizer
 
 
 def is_frozen(name: str, settings: Settings) -> bool:
@@ -236,10 +184,6 @@ def test_a_frozen_quantizer_gives_the_published_gradients(kernels, name, setting
     computed = backward(frozen_quantizer(settings, stored), stored["x"].to(dtype), stored["upstream"])
     for key in ("out", "d_x", "d_x_max"):
         close(computed[key], stored[key], ONE_LAYER_GRADIENT[settings["dtype"]], f"{name} {key}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
 
 
 def folded_layer(
@@ -363,10 +307,6 @@ def test_a_residual_block_gives_the_published_output_with_quantized_sums(name, s
     close(y, stored["eval_out"], ONE_LAYER[settings["dtype"]], name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Penalty and bit operations of whole networks
-
-
 def network_quantizers(network: str, names: list[str], pruning: bool, **fields: Any) -> dict[str, GatedQuantizer]:
     """The quantizers of a network as the index describes them, in double precision."""
     described = index(METHOD)["networks"][network]
@@ -418,30 +358,6 @@ def test_a_network_gives_the_published_penalty_and_gradients(name, settings, arr
     for key in (key for key in stored if ":d_" in key):
         quantizer, _, what = key.partition(":d_")
         close(gradients(quantizers[quantizer])[what], stored[key], EXACT, key)
-
-
-def input_factors(network: str, weights: list[str], output_keep: dict[str, float]) -> list[float]:
-    """Share of the channels that each layer reads, where the published count tracks it."""
-    factors = []
-    for position, name in enumerate(weights):
-        before = weights[position - 1] if position else None
-        if network == "resnet18":
-            before = name.replace("features.1.weight", "features.0.weight") if "features.1.weight" in name else None
-        if network == "mobilenetv2":
-            before = None
-        factors.append(1.0 if before is None else output_keep[before])
-    return factors
-
-
-def relative_bops(network: dict[str, Any], weights: dict[str, tuple[int, float]], activations: dict[str, int]) -> float:
-    """Percent of the bit operations at 32 x 32, from (width, share of the MACs) of each weight."""
-    total = 0.0
-    for group in network["groups"]:
-        reads = activations.get(group["activation"], 8)
-        for name in group["weights"]:
-            width, keep = weights[name]
-            total += network["macs_per_layer"][name.removesuffix(".weight_quantizer")] * width * reads * keep
-    return 100 * total / (1024 * sum(network["macs_per_layer"].values()))
 
 
 @listed("bops.npz")

@@ -14,9 +14,7 @@ from trainables.cost import INPUT_BITS, LayerBits
 from trainables.errors import ConfigError
 from trainables.fit import Report, Session, fit
 from trainables.layer_bits import resolve_bits
-from trainables.methods._gates import (
-    quantizers,
-)
+from trainables.methods._gates import quantizers
 
 
 @pytest.mark.parametrize("batch_norm", ["gated", "folded"])

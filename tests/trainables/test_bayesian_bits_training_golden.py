@@ -1,4 +1,4 @@
-"""Trainings of Bayesian Bits against those of the authors' published code; see `test_bayesian_bits_golden`."""
+"""Trainings of Bayesian Bits against those of the authors' published code; see `golden_bayesian_bits`."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden_vectors import cases, index
-from tests.trainables.test_bayesian_bits_golden import (
+from tests.trainables.golden_bayesian_bits import (
     AFTER_ADAM,
     DTYPES,
     EXACT,
@@ -29,11 +29,7 @@ from tests.trainables.test_bayesian_bits_golden import (
 from trainables import modules
 from trainables.config import Optimizer
 from trainables.methods import _gated_norm as gated_norm
-from trainables.methods._gates import (
-    PRUNING_INIT,
-    GatedQuantizer,
-    penalties,
-)
+from trainables.methods._gates import PRUNING_INIT, GatedQuantizer, penalties
 from trainables.methods.bayesian_bits import Method
 from trainables.optimizers import Optimizers
 from trainables.step import training_step

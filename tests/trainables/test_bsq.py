@@ -15,13 +15,7 @@ from trainables.errors import ConfigError
 from trainables.fit import fit
 from trainables.layer_bits import resolve_bits
 from trainables.methods._bit_planes import bit_tensors
-from trainables.methods._bit_report import (
-    PlaneRow,
-    float_state,
-    plane_table,
-    save_float,
-    scheme,
-)
+from trainables.methods._bit_report import PlaneRow, float_state, plane_table, save_float, scheme
 from trainables.methods.bsq import Method
 
 

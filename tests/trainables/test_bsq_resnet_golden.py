@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden_vectors import index
-from tests.trainables.golden_bsq import (
-    FLOAT_NETWORK,
-    Tensors,
-    arrays,
-    part,
-    planes_of,
-    raw,
-)
+from tests.trainables.golden_bsq import FLOAT_NETWORK, Tensors, arrays, part, planes_of, raw
 from trainables.cost import Bits, LayerBits, LayerTable
 from trainables.layers import trace
 from trainables.methods._bit_plane_sgd import BitPlaneSGD

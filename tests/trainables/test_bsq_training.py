@@ -17,13 +17,7 @@ from trainables.config import TrialConfig, parse
 from trainables.fit import Report, Session, fit
 from trainables.methods._binary_digits import place_values
 from trainables.methods._bit_planes import bit_tensors
-from trainables.methods._bit_report import (
-    bit_state,
-    count,
-    save_bits,
-    save_float,
-    scheme,
-)
+from trainables.methods._bit_report import bit_state, count, save_bits, save_float, scheme
 
 
 def last(reports: Iterator[Report]) -> Report:

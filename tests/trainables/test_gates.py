@@ -13,14 +13,7 @@ from tests.trainables.gated_networks import images, network, prepared
 from trainables import modules
 from trainables.methods import _gated_norm as gated_norm
 from trainables.methods._gated_rounding import LEVELS
-from trainables.methods._gates import (
-    OFF_BELOW,
-    OPEN_ABOVE,
-    GatedQuantizer,
-    hard_concrete,
-    penalties,
-    probability_open,
-)
+from trainables.methods._gates import OFF_BELOW, OPEN_ABOVE, GatedQuantizer, hard_concrete, penalties, probability_open
 
 logits = st.floats(-8, 8)
 

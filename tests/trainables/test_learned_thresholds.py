@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from trainables import modules
 from trainables.methods import _threshold_kernels as threshold_kernels
 from trainables.methods._n2uq_kernels import entropy_weight, rprelu
-from trainables.methods._n2uq_modules import (
-    EntropyWeight,
-    LearnedThresholds,
-    RPReLU,
-    prepared_thresholds,
-)
+from trainables.methods._n2uq_modules import EntropyWeight, LearnedThresholds, RPReLU, prepared_thresholds
 from trainables.methods._threshold_kernels import NARROWEST, knots, threshold_quantize
 
 widths_in_bits = st.integers(1, 8)

@@ -13,12 +13,7 @@ from trainables.build import build_model
 from trainables.config import parse
 from trainables.cost import LayerBits, LayerTable, uniform
 from trainables.layers import trace
-from trainables.methods._n2uq_modules import (
-    EntropyWeight,
-    LearnedThresholds,
-    ResidualBlock,
-    RPReLU,
-)
+from trainables.methods._n2uq_modules import EntropyWeight, LearnedThresholds, ResidualBlock, RPReLU
 from trainables.methods.n2uq import Method
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {

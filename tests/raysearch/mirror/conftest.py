@@ -8,10 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from raysearch.tracking import mirror_once
-from tests.raysearch.mirror.swept import (
-    SWEEP,
-    finished,
-)
+from tests.raysearch.mirror.swept import SWEEP, finished
 
 
 @pytest.fixture(autouse=True)

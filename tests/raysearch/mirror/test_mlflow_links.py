@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from raysearch import mlflow_entries as entries
 from raysearch.mlflow_links import Progress, front_url, pages, public, redact, tracking_uri
 from raysearch.mlflow_session import Lines
-from tests.raysearch.mirror.swept import (
-    NAME,
-    SWEEP,
-)
+from tests.raysearch.mirror.swept import NAME, SWEEP
 
 
 def test_addresses_lead_to_the_front_its_page_its_comparison_and_its_models(fresh: Path) -> None:
