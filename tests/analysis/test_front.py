@@ -11,39 +11,7 @@ from hypothesis import strategies as st
 
 from analysis.front import _OPTIONAL, COLUMNS, Front, short_bits
 from analysis.pareto import oriented
-
-OBJECTIVES = {"accuracy": "max", "bops": "min", "size_bytes": "min"}
-
-
-def record(trial=0, **changes):
-    """A complete record as a sweep writes it, with 1000 multiply-accumulates."""
-    made = {
-        "schema": 1,
-        "sweep": "digits-lenet5-lsq",
-        "trial": trial,
-        "point": "final",
-        "status": "complete",
-        "reason": None,
-        "accuracy": 0.5,
-        "loss": 1.0,
-        "bops": 16_000,
-        "size_bytes": 2048,
-        "macs": 1000,
-        "bits": {"conv1": [8, 8], "conv2": [4, 3], "fc": [8, 8]},
-        "seed": 0,
-        "digest": f"digest of {trial}",
-        "source": "tpe",
-        "method": "lsq",
-        "model": "lenet5",
-        "data": "digits",
-        "params": {"bits/conv2/weight": 4},
-        "checkpoint": f"trials/{trial:05d}",
-        "finished_at": f"2026-11-21T{10 + trial // 60:02d}:{trial % 60:02d}:00+00:00",
-        **changes,
-    }
-    bops = made["bops"]
-    return {"relative_bops": None if bops is None else bops / (1000 * 1024), **made}
-
+from tests.analysis.records import OBJECTIVES, record
 
 outcomes = st.fixed_dictionaries(
     {

@@ -9,7 +9,7 @@ from PIL import Image
 from analysis.front import Front
 from analysis.pareto import hypervolume_history
 from analysis.plots import plot_bits, plot_front, plot_hypervolume
-from tests.analysis.test_front import OBJECTIVES, record
+from tests.analysis.records import OBJECTIVES, record
 
 BLUE, RED = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 

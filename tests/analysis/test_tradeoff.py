@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from analysis.front import Front
 from analysis.pick import pick
 from analysis.tradeoff import scores
-from tests.analysis.test_front import OBJECTIVES, record
+from tests.analysis.records import OBJECTIVES, record
 
 EQUAL = {"accuracy": 1.0, "bops": 1.0}
 points = st.lists(

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.front import Front
 from analysis.report import report
-from tests.analysis.test_report import OBJECTIVES, sweep
+from tests.analysis.records import OBJECTIVES, sweep
 
 Opened = Callable[..., Any]
 
