@@ -23,10 +23,11 @@ from raysearch.connection import ray_for
 from raysearch.errors import RecordError, SweepError, TrialError
 from raysearch.nodes import Capacity, survey
 from raysearch.records import SCHEMA, RunFolder, complete_trials, write_json
+from raysearch.resolve import check_files, files_of, resolve
 from raysearch.seeds import Seeds
 from raysearch.sensitivities import read_seeds, seed
 from raysearch.space import read, written
-from raysearch.sweep import Resolved, Sweep, check_files, default_name, default_out, files_of, resolve
+from raysearch.sweep import Resolved, Sweep, default_name, default_out
 
 if TYPE_CHECKING:
     from raysearch.book import Book

@@ -21,9 +21,10 @@ from raysearch.errors import SweepError
 from raysearch.limits import limits_of
 from raysearch.networks import configured, layers_of
 from raysearch.proposals import choices, contains, cost_of
+from raysearch.resolve import resolve
 from raysearch.result import Result
 from raysearch.seeds import Seeds, proposed
-from raysearch.sweep import Resolved, Sweep, resolve
+from raysearch.sweep import Resolved, Sweep
 from trainables.build import layer_table
 from trainables.config import parse
 from trainables.cost import INPUT_BITS, Layer

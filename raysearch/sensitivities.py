@@ -18,8 +18,9 @@ import numpy as np
 
 from raysearch.errors import SweepError
 from raysearch.records import RunFolder, write_json
+from raysearch.resolve import trial_config
 from raysearch.seeds import Seeds, proposed
-from raysearch.sweep import Resolved, Sweep, trial_config
+from raysearch.sweep import Resolved, Sweep
 
 if TYPE_CHECKING:
     import pandas as pd

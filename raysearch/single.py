@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysearch.sweep import Sweep, trial_config
+from raysearch.resolve import trial_config
+from raysearch.sweep import Sweep
 
 if TYPE_CHECKING:
     from trainables.fit import Report

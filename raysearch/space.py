@@ -38,7 +38,7 @@ def written(space: Asked) -> Any:
     """The JSON form: a name as it is, each distribution as Optuna writes it.
 
     Raises:
-        SweepError: a function, whose distributions only `raysearch.sweep.resolve` tells.
+        SweepError: a function, whose distributions only `raysearch.resolve.resolve` tells.
     """
     from optuna.distributions import distribution_to_json
 
@@ -50,7 +50,7 @@ def written(space: Asked) -> Any:
 
 
 def read(tree: Any) -> Any:
-    """The inverse of `written`; what is not in its form is left for `raysearch.sweep.resolve` to refuse.
+    """The inverse of `written`; what is not in its form is left for `raysearch.resolve.resolve` to refuse.
 
     Raises:
         SweepError: an entry that is no distribution.

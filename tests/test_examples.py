@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from raysearch.records import RunFolder
+from raysearch.resolve import resolve
 from raysearch.result import load
-from raysearch.sweep import Sweep, resolve
+from raysearch.sweep import Sweep
 from tests.raysearch.builders import by_training, drive, make_run, open_book, small_sweep
 from trainables.packed import load_packed
 

@@ -23,7 +23,7 @@ def command(widths: str, runs: int, output: Path, **options: Any) -> None:
     taken as the sum. It speaks of this machine and of onnxruntime only: there, fewer bits are not faster.
     """
     from raysearch.records import write_json
-    from raysearch.sweep import trial_config
+    from raysearch.resolve import trial_config
     from trainables.build import build_model, data_shape
     from trainables.latency import measured
 

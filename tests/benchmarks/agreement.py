@@ -17,8 +17,9 @@ from typing import Any
 import onnx
 import torch
 
+from raysearch.resolve import trial_config
 from raysearch.single import train
-from raysearch.sweep import Sweep, trial_config
+from raysearch.sweep import Sweep
 from tests.trainables.exporting import MIXED
 from trainables import checkpoint
 from trainables.errors import ConfigError

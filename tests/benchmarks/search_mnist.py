@@ -23,8 +23,9 @@ import optuna
 import raysearch
 from analysis.pareto import hypervolume_history
 from raysearch.records import Log, read_lines
+from raysearch.resolve import resolve, trial_config
 from raysearch.result import Result
-from raysearch.sweep import Sweep, resolve, trial_config
+from raysearch.sweep import Sweep
 from trainables.config import merged, parse
 from trainables.cost import size_bytes
 from trainables.fit import fit

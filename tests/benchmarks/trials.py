@@ -58,7 +58,8 @@ def documented(out: Path, trials: int, workers: int) -> None:
             run_config=train.RunConfig(name=f"trial-{config['number']}", storage_path=str(out / "train")),
         ).fit()
 
-    from raysearch.sweep import Sweep, resolve
+    from raysearch.resolve import resolve
+    from raysearch.sweep import Sweep
     from raysearch.worker import make_job
 
     base = resolve(Sweep(epochs=1, settings=SETTINGS)).base

@@ -14,7 +14,8 @@ from raysearch.book import Book
 from raysearch.driver import describe
 from raysearch.ledger import Ledger, Proposal
 from raysearch.records import RunFolder
-from raysearch.sweep import Resolved, Sweep, resolve
+from raysearch.resolve import resolve
+from raysearch.sweep import Resolved, Sweep
 from raysearch.worker import Job, Message, make_job, messages
 from trainables.fit import PointReport, Report
 

@@ -18,8 +18,9 @@ from raysearch.networks import configured, existing, sets_any, trimmed
 from raysearch.proposals import cost_of
 from raysearch.records import RunFolder
 from raysearch.repeat import train_command
+from raysearch.resolve import resolve
 from raysearch.seeds import Seeds, proposed
-from raysearch.sweep import Resolved, Sweep, resolve
+from raysearch.sweep import Resolved, Sweep
 from search_spaces import per_layer
 from search_spaces.joint import LayersOf, every_layer
 from tests.raysearch.builders import SMALL, by_training, drive, formula, law, make_run, open_book

@@ -12,8 +12,8 @@ from raysearch.errors import RecordError
 from raysearch.mlflow_links import PROGRESS, Progress
 from raysearch.overview import overview
 from raysearch.records import RunFolder, write_json
+from raysearch.resolve import resolve
 from raysearch.result import load
-from raysearch.sweep import resolve
 from tests.raysearch.builders import by_formula, drive, finished_run, make_run, open_book, proposals, small_sweep, train
 
 

@@ -10,8 +10,9 @@ from raysearch.errors import SweepError
 from raysearch.knowledge import counterpart, seeds_for
 from raysearch.ledger import Ledger
 from raysearch.records import write_json
+from raysearch.resolve import resolve
 from raysearch.sensitivities import read_seeds, seed, write
-from raysearch.sweep import Sweep, resolve
+from raysearch.sweep import Sweep
 from tests.raysearch.builders import drive, formula, make_run, open_book, small_sweep
 from tests.raysearch.sensitivity_tables import random_table
 

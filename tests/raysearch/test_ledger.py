@@ -26,7 +26,8 @@ from raysearch.ledger import STUDY, Ledger, Proposal
 from raysearch.limits import limits_of
 from raysearch.proposals import cost_of, uniform_proposals
 from raysearch.records import RunFolder
-from raysearch.sweep import Resolved, Sweep, resolve
+from raysearch.resolve import resolve
+from raysearch.sweep import Resolved, Sweep
 from raysearch.sweep_checks import SAMPLERS
 from tests.ports import free_port
 from tests.raysearch.builders import formula, law, proposals, small_sweep

@@ -19,7 +19,8 @@ from raysearch.ledger import Ledger
 from raysearch.limits import Limit, broken, excesses, limits_of
 from raysearch.proposals import Cost, cheapest, cost_of, random_values
 from raysearch.repair import Repair, _damage
-from raysearch.sweep import Resolved, Sweep, resolve
+from raysearch.resolve import resolve
+from raysearch.sweep import Resolved, Sweep
 from tests.raysearch.builders import make_run, small_sweep
 from trainables.config import merged
 

@@ -13,8 +13,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import raysearch
 from raysearch.driver import resume
 from raysearch.errors import SweepError
+from raysearch.resolve import check_files, files_of, resolve
 from raysearch.space import read, written
-from raysearch.sweep import Sweep, check_files, default_name, files_of, resolve
+from raysearch.sweep import Sweep, default_name
 from tests.raysearch.builders import law, make_run
 from tests.raysearch.cluster import cluster
 from trainables.errors import ConfigError, PluginError

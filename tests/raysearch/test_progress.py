@@ -92,7 +92,8 @@ def test_a_sweep_that_goes_on_says_nothing_of_what_ended_before(tmp_path: Path) 
 def make_run_again(path: Path) -> Any:
     """Folder and sweep of a run that exists."""
     from raysearch.records import RunFolder
-    from raysearch.sweep import Sweep, resolve
+    from raysearch.resolve import resolve
+    from raysearch.sweep import Sweep
 
     folder = RunFolder(path)
     return folder, resolve(Sweep.from_tree(folder.read_sweep()["sweep"]))

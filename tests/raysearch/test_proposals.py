@@ -21,7 +21,8 @@ from raysearch.proposals import (
     random_values,
     uniform_proposals,
 )
-from raysearch.sweep import Sweep, resolve
+from raysearch.resolve import resolve
+from raysearch.sweep import Sweep
 from tests.raysearch.builders import law, small_sweep
 from trainables import cost as trainables_cost
 from trainables.build import layer_table

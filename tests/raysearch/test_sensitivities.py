@@ -162,8 +162,8 @@ def test_the_command_line_measures_seeds_and_sweeps(
 def test_a_sweep_without_use_for_the_sensitivities_is_refused(
     tmp_path: Path, table: pd.DataFrame, changes: dict[str, Any], message: str
 ) -> None:
+    from raysearch.resolve import resolve
     from raysearch.sensitivities import read_seeds
-    from raysearch.sweep import resolve
 
     write(table, tmp_path / "s.json")
     sweep = Sweep(**{"space": "all_layers", "seed_from": str(tmp_path / "s.json"), **changes})

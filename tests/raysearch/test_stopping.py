@@ -17,9 +17,9 @@ from raysearch.group import Mailbox
 from raysearch.ledger import Proposal
 from raysearch.overview import overview
 from raysearch.records import RunFolder, read_lines
+from raysearch.resolve import resolve
 from raysearch.rungs import Rungs
 from raysearch.stopping import choose_stopper
-from raysearch.sweep import resolve
 from raysearch.worker import Message
 from tests.raysearch.builders import formula, make_run, message, open_book, point, small_sweep
 from tests.raysearch.tuning import tune

@@ -15,7 +15,8 @@ from optuna.distributions import IntDistribution
 
 import raysearch
 from raysearch.errors import RaysearchError, SweepError
-from raysearch.sweep import Sweep, default_name, default_out, resolve, trial_config
+from raysearch.resolve import resolve, trial_config
+from raysearch.sweep import Sweep, default_name, default_out
 from raysearch.sweep_checks import SAMPLERS
 from tests.raysearch.builders import law
 from trainables.errors import ConfigError, PluginError

@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 import raysearch
 from raysearch.driver import Watcher
 from raysearch.errors import SweepError
+from raysearch.resolve import resolve
 from raysearch.result import Result
-from raysearch.sweep import Sweep, resolve
+from raysearch.sweep import Sweep
 from tests.raysearch.cluster import check_books, cluster, command, lines, numbers
 
 __all__ = ["cluster"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raysearch.records import RunFolder
-from raysearch.sweep import trial_config
+from raysearch.resolve import trial_config
 from raysearch.worker import Message, make_job, messages, prepare_process
 from tests.raysearch.builders import SMALL, job, small_sweep
 from trainables import checkpoint
