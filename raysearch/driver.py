@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch import facts
+from raysearch.asked_space import read, written
 from raysearch.connection import ray_for
 from raysearch.errors import RecordError, SweepError, TrialError
 from raysearch.nodes import Capacity, survey
@@ -26,7 +27,6 @@ from raysearch.records import SCHEMA, RunFolder, complete_trials, write_json
 from raysearch.resolve import check_files, files_of, resolve
 from raysearch.seeds import Seeds
 from raysearch.sensitivities import read_seeds, seed
-from raysearch.space import read, written
 from raysearch.sweep import Resolved, Sweep, default_name, default_out
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis.front import human_bytes, human_count, human_number, short_bits
-from raysearch.space import words
+from raysearch.asked_space import words
 
 NAME_MAX = 250
 PARAM_MAX = 6000

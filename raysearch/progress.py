@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raysearch.asked_space import words
 from raysearch.driver import Watcher
 from raysearch.overview import size_of
-from raysearch.space import words
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from raysearch.asked_space import Asked, read, written
 from raysearch.errors import SweepError
-from raysearch.space import Asked, read, written
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -11,10 +11,10 @@ from mlflow import MlflowClient
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 import raysearch
+from raysearch.asked_space import read, written
 from raysearch.driver import resume
 from raysearch.errors import SweepError
 from raysearch.resolve import check_files, files_of, resolve
-from raysearch.space import read, written
 from raysearch.sweep import Sweep, default_name
 from tests.raysearch.builders import law, make_run
 from tests.raysearch.cluster import cluster
