@@ -9,9 +9,9 @@ import numpy as np
 
 from analysis import confidence
 from analysis.compare import Attained, at_equal_cost, attainment, hypervolume_bands, levels
-from analysis.front import human_bytes
 from analysis.page import Page, color, panels, table
 from analysis.swept import Swept
+from analysis.wording import human_bytes
 
 COSTS = {"relative_bops": ("relative BOPs", "percent", 0.01), "size_bytes": ("size", "bytes", 1024.0)}
 """Column to its name, the unit of its axis, and what a round number of it counts."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart by colour-blind readers too: Okabe and Ito 2008."""
 _MARKERS = "osD^vPX"
 _INK = "#333333"
@@ -42,7 +42,7 @@ def plot_front(front_or_fronts: Front | Mapping[str, Front], path: str | Path, *
     Raises:
         ValueError: there is no point to draw.
     """
-    return _save(draw_front(front_or_fronts, title=title), path)
+    return save(draw_front(front_or_fronts, title=title), path)
 
 
 def draw_front(front_or_fronts: Front | Mapping[str, Front], *, title: str | None = None) -> "Figure":
@@ -93,12 +93,12 @@ def plot_hypervolume(
     for (name, each), (color, marker) in zip(histories.items(), _looks(), strict=False):
         axes.plot(each.index, each["hypervolume"], drawstyle="steps-post", color=color, linewidth=1.8)
         axes.plot(each.index[-1:], each["hypervolume"][-1:], marker, color=color, label=name)
-    _style(axes)
+    style(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("completed trials")
     axes.set_ylabel("hypervolume")
     _legend(figure, axes)
-    return _save(figure, path, title)
+    return save(figure, path, title)
 
 
 def plot_bits(history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
@@ -144,7 +144,7 @@ def plot_bits(history: Sequence[Mapping[str, Any]], path: str | Path, *, title: 
     bar = figure.colorbar(image, ax=panels, pad=0.06, ticks=[0, 1, 2, 3, 4, 5, 6, 7, 8, 12.5, 24.5])
     bar.ax.set_yticklabels(["0", "1", "2", "3", "4", "5", "6", "7", "8", "9-16", "17-32"])
     bar.set_label("bits")
-    return _save(figure, path, title)
+    return save(figure, path, title)
 
 
 def _points(fronts: Mapping[str, Front]) -> pd.DataFrame:
@@ -186,7 +186,7 @@ def _draw_panel(axes: "Axes", points: pd.DataFrame, cost: str) -> None:
         color, marker = looks[member]
         face = color if full else "white"
         axes.scatter(rows[cost], rows["accuracy (%)"], s=32, color=face, marker=marker, edgecolors=color, zorder=4)
-    _style(axes)
+    style(axes)
     _log_axis(axes, points[cost])
     axes.set_xlabel(cost)
 
@@ -203,7 +203,7 @@ def _name_points(axes: "Axes", points: pd.DataFrame) -> None:
     """Entries of the legend, drawn without points: the names, and what hollow and faint stand for if they occur."""
     names = points["name"].unique()
     several = len(names) > 1
-    color = _INK if several else _COLORS[0]
+    color = _INK if several else COLORS[0]
     for name, look in zip(names, _looks(), strict=False):
         axes.scatter([], [], s=32, color=look[0], marker=look[1], label=name if several else "front")
     stairs = [_on_stairs(points, cost) for cost in _COSTS]
@@ -215,7 +215,7 @@ def _name_points(axes: "Axes", points: pd.DataFrame) -> None:
 
 def _looks() -> Iterator[tuple[str, str]]:
     """A colour and a marker for each of any number of names."""
-    return zip(cycle(_COLORS), cycle(_MARKERS), strict=False)
+    return zip(cycle(COLORS), cycle(_MARKERS), strict=False)
 
 
 def _log_axis(axes: "Axes", values: pd.Series) -> None:
@@ -229,7 +229,8 @@ def _log_axis(axes: "Axes", values: pd.Series) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _style(axes: "Axes") -> None:
+def style(axes: "Axes") -> None:
+    """A light grid behind the points, no frame above and to the right."""
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -244,7 +245,8 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _save(figure: "Figure", path: str | Path, title: str | None = None) -> Path:
+def save(figure: "Figure", path: str | Path, title: str | None = None) -> Path:
+    """Write a figure to a file, below a title if there is one."""
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=_DPI)

@@ -15,12 +15,13 @@ import pandas as pd
 
 from analysis import comparison, confidence
 from analysis.caveats import caveats
-from analysis.front import Front, counted, human_bytes, human_count, human_number, short_bits
+from analysis.front import Front
 from analysis.page import COLORS, Page, color, panels, table
 from analysis.pareto import bounded, non_dominated
 from analysis.pick import bound, parsed
 from analysis.rows import numbers, own_columns
 from analysis.swept import Swept, groups
+from analysis.wording import counted, human_bytes, human_count, human_number, short_bits
 
 MARKS = {"knee": "Knee", "most-accurate": "Most accurate", "fewest-bops": "Fewest BOPs", "smallest": "Smallest"}
 MOST_COLUMNS = 60

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.plots import _COLORS, _save, _style
+from analysis.plots import COLORS, save, style
 
 
 def widths_of(frame: pd.DataFrame) -> list[int]:
@@ -56,9 +56,9 @@ def plot_sensitivity(frame: pd.DataFrame, path: str | Path, *, title: str | None
     panels = np.atleast_1d(figure.subplots(1, 1 + len(drops), sharey=True))
     hessian = frame["hessian"].clip(lower=0)
     axes = panels[0]
-    axes.barh(places - 0.2, hessian, 0.4, xerr=frame["hessian_error"], color=_COLORS[0], label="Hessian")
-    axes.barh(places + 0.2, frame["fisher"], 0.4, xerr=frame["fisher_error"], color=_COLORS[1], label="Fisher")
-    _style(axes)
+    axes.barh(places - 0.2, hessian, 0.4, xerr=frame["hessian_error"], color=COLORS[0], label="Hessian")
+    axes.barh(places + 0.2, frame["fisher"], 0.4, xerr=frame["fisher_error"], color=COLORS[1], label="Fisher")
+    style(axes)
     axes.set_xlabel("trace / number of weights")
     axes.legend(frameon=False, fontsize=8)
     axes.set_yticks(places, layers, fontsize=7)
@@ -74,4 +74,4 @@ def plot_sensitivity(frame: pd.DataFrame, path: str | Path, *, title: str | None
             axes.annotate(f"{value:.1f}", (column, row), ha="center", va="center", fontsize=6, color="#888888")
     if drops:
         figure.colorbar(image, ax=list(panels[1:]), label="points of accuracy lost")
-    return _save(figure, path, title)
+    return save(figure, path, title)

@@ -212,7 +212,7 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> dict[str,
 
 def correlation_text(found: Mapping[str, Any]) -> str:
     """The points and their correlations for a terminal."""
-    from analysis.front import short_bits
+    from analysis.wording import short_bits
 
     names = [name for name in ("shared", "recalibrated", "finetuned") if found["points"] and name in found["points"][0]]
     lines = ["  ".join(f"{name:>12s}" for name in names) + "  bits"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.front import human_bytes, human_count, human_number, short_bits
+from analysis.wording import human_bytes, human_count, human_number, short_bits
 from raysearch.asked_space import words
 
 NAME_MAX = 250

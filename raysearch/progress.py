@@ -134,7 +134,7 @@ def outcome(row: dict[str, Any]) -> str:
     """What became of a trial, in a few words."""
     if row["status"] != "complete":
         return f"{row['status']}: {row['reason']}"
-    from analysis.front import human_bytes
+    from analysis.wording import human_bytes
 
     cost = f"{row['relative_bops']:.2%} BOPs, {human_bytes(row['size_bytes'])}"
     return f"complete: accuracy {row['accuracy']:.2%}, {cost} ({row['source']})"
@@ -213,7 +213,7 @@ class LiveProgress(Watcher):
             table = Table(title=f"front: {size_of(front)}", title_justify="left")
             for column in ("trial", "accuracy", "relative BOPs", "size", "bits"):
                 table.add_column(column, justify="left" if column == "bits" else "right")
-            from analysis.front import human_bytes
+            from analysis.wording import human_bytes
 
             for _, row in front.to_pandas().head(BEST_SHOWN).iterrows():
                 table.add_row(

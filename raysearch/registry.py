@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.front import short_bits
+from analysis.wording import short_bits
 from raysearch import __version__
 from raysearch.errors import RecordError, TrialError
 from raysearch.facts import versions

@@ -82,7 +82,7 @@ def _weights(text: str, own: Iterable[str] = ()) -> dict[str, float]:
 
 def _describe(result: Any, chosen: dict[str, Any]) -> str:
     from analysis.confidence import in_words
-    from analysis.front import human_bytes, human_count
+    from analysis.wording import human_bytes, human_count
 
     named = "" if chosen["point"] == "final" else f" --point {chosen['point']}"
     lines = [

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.front import _OPTIONAL, COLUMNS, Front, short_bits
+from analysis.front import _OPTIONAL, COLUMNS, Front
 from analysis.pareto import oriented
+from analysis.wording import short_bits
 from tests.analysis.records import OBJECTIVES, record
 
 outcomes = st.fixed_dictionaries(
