@@ -8,6 +8,19 @@
     front.pick(max_size_bytes=60_000)
 
 Heavy libraries are imported where they are used, so that `raysearch --help` is instant.
+
+Where to find what:
+
+    the question      sweep, sweep_checks, asked_space, limits, resolve, seeds, knowledge, options, cli, commands/
+    the space         space, networks, bit_layout, layer_sums
+    proposals         proposals, choice, frontier, loss_model, staircase, repair, samplers, ledger
+    early stopping    stopping, rungs
+    the run           driver, book, records, keep, facts, errors, single, result
+    Ray               connection, nodes, shipping, searcher, slots, group, worker
+    sensitivity       sensitivities
+    shared weights    supernet, supernet_question, mixtures, mixture_loop, evaluators, finetune
+    MLflow            tracking, mlflow_session, mlflow_entries, mlflow_links, registry, registered_model, pages
+    for people        watching, progress, overview, reporting, importance, repeat
 """
 
 from typing import Any

@@ -5,6 +5,7 @@ Also what keeps them light and readable: heavy libraries load where they are use
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,16 @@ def test_every_file_is_short_and_named_after_what_it_does() -> None:
     files = sources("raysearch", *LEAVES)
     assert {path: len(text.splitlines()) for path, text in files.items() if len(text.splitlines()) > LONGEST} == {}
     assert {Path(path).stem for path in files} & {"utils", "util", "helpers", "common"} == set()
+
+
+@pytest.mark.parametrize("package", ["raysearch", "trainables", "trainables/methods", "analysis"])
+def test_the_docstring_of_a_package_says_once_where_each_of_its_files_belongs(package: str) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text("utf-8"))) or ""
+    _, _, groups = docstring.partition("Where to find what:")
+    told = [name for line in groups.splitlines() for name in re.findall(r"[\w/]+", re.split(" {2,}", line)[-1])]
+    files = [path.stem for path in (ROOT / package).glob("*.py") if path.stem != "__init__"]
+    folders = [f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")]
+    assert sorted(told) == sorted(files + folders)
 
 
 def test_every_folder_of_tests_is_a_package() -> None:
