@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.wording import counted
 from raysearch.asked_space import words
 from raysearch.driver import Watcher
 from raysearch.overview import size_of
@@ -65,12 +66,12 @@ class PlainProgress(Watcher):
     def started(self, folder: "RunFolder", resolved: "Resolved") -> None:
         """Name the run folder, and who proposes and who stops trials, where that was left open."""
         sweep = resolved.sweep
-        what = f"{sweep.method} on {sweep.model}, {sweep.data}, {sweep.epochs} epochs"
+        what = f"{sweep.method} on {sweep.model}, {sweep.data}, {counted(sweep.epochs, 'epoch')}"
         if not resolved.space:  # one configuration: nobody proposes, and nobody is compared
             self.say(f"{folder.path}: one training of {what}")
             return
         space = f"space {words(sweep.space)} ({len(resolved.space)} parameters)"
-        self.say(f"{folder.path}: {sweep.trials} trials of {what}, {space}")
+        self.say(f"{folder.path}: {counted(sweep.trials, 'trial')} of {what}, {space}")
         if sweep.sampler == "auto":
             from raysearch.choice import choose
 
