@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.pareto import bounded
-from analysis.wording import counted
+from analysis.wording import counted, human_bytes
 from raysearch.records import read_trials
 from raysearch.result import Result
 
@@ -44,8 +44,6 @@ def overview(path: Path, *, busy: bool) -> str:
     lines += [f"  trial {row['trial']} {row['status']}: {row['reason']}" for row in rows if row["status"] == "failed"]
     count, size = result.folder.checkpoints()
     if count:
-        from analysis.wording import human_bytes
-
         most = result.description["sweep"].get("max_checkpoint_bytes")
         limit = "" if most is None else f" of {human_bytes(most)} at most"
         lines.append(f"  checkpoints: {count}, {human_bytes(size)}{limit}")

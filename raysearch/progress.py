@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.wording import counted
+from analysis.wording import counted, human_bytes
 from raysearch.asked_space import words
 from raysearch.driver import Watcher
 from raysearch.overview import size_of
@@ -135,8 +135,6 @@ def outcome(row: dict[str, Any]) -> str:
     """What became of a trial, in a few words."""
     if row["status"] != "complete":
         return f"{row['status']}: {row['reason']}"
-    from analysis.wording import human_bytes
-
     cost = f"{row['relative_bops']:.2%} BOPs, {human_bytes(row['size_bytes'])}"
     return f"complete: accuracy {row['accuracy']:.2%}, {cost} ({row['source']})"
 
@@ -214,8 +212,6 @@ class LiveProgress(Watcher):
             table = Table(title=f"front: {size_of(front)}", title_justify="left")
             for column in ("trial", "accuracy", "relative BOPs", "size", "bits"):
                 table.add_column(column, justify="left" if column == "bits" else "right")
-            from analysis.wording import human_bytes
-
             for _, row in front.to_pandas().head(BEST_SHOWN).iterrows():
                 table.add_row(
                     str(row["trial"]),
