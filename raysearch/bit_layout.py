@@ -75,6 +75,7 @@ class BitLayout:
         table: the same in one array, the last repeated where a column has fewer, (columns, widths).
         order: columns in the order of the layers that they reach first.
         prior: guessed sensitivity of each column.
+        roles: which of `ROLES` each column is.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class BitLayout:
         ends = np.array([AT_ENDS if layer.first or layer.last else 1.0 for layer in layers])
         reached = [self._reach == column for column in range(len(self.addresses))]
         self.prior = np.array([max(float((r * ends).sum()), 1.0) for r in reached])
+        self.roles = [ROLES.index(address.rpartition("/")[2]) for address in self.addresses]
         widest = self.extreme(-1)
         self._last = np.array([len(widths) - 1 for widths in self.widths])
         self.table = np.array([np.pad(w, (0, self._last.max() + 1 - len(w)), mode="edge") for w in self.widths])
@@ -159,8 +161,10 @@ class BitLayout:
 
     def allowed(self, bits: np.ndarray) -> np.ndarray:
         """The rows that keep all limits."""
-        within = [self.cost({kind: 1.0}, bits) <= share + ROUNDING for kind, share in self._shares.items()]
-        return bits[np.logical_and.reduce(within)]
+        for kind, share in self._shares.items():
+            if share < 1:
+                bits = bits[self.cost({kind: 1.0}, bits) <= share + ROUNDING]
+        return bits
 
     def amount(self, kind: str, bits: np.ndarray, layers: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Sum of a cost over layers for rows of widths, (n,): BOPs, bytes of weights, or that of a table."""
@@ -232,17 +236,28 @@ class BitLayout:
             rows[:, batch.columns] = batch.options[np.arange(len(score)), taken]
         return rows
 
-    def neighbours(self, row: np.ndarray, pairs: int, generator: np.random.Generator) -> np.ndarray:
-        """Each column one width up and one down; and `pairs` random moves of two columns. Ends stay where they are."""
-        place = (self.table == row[:, None]).argmax(axis=1)
-        changes = np.zeros((2 * self.columns + pairs, self.columns), dtype=int)
+    def neighbours(self, rows: np.ndarray, pairs: int, generator: np.random.Generator) -> np.ndarray:
+        """Each column of each row one width up and one down; and of each row `pairs` random moves of two columns.
+
+        Ends stay where they are.
+
+        Args:
+            rows: of widths, (n, columns).
+            pairs: of each row.
+            generator: of the pairs.
+        """
+        places = (self.table == rows[:, :, None]).argmax(axis=2).astype(np.int16)
+        found = np.repeat(places[:, None], 2 * self.columns + pairs, axis=1)
         single = np.arange(self.columns)
-        changes[single, single], changes[self.columns + single, single] = 1, -1
+        found[:, single, single] += 1
+        found[:, self.columns + single, single] -= 1
+        each, pair = np.ogrid[: len(rows), 2 * self.columns : 2 * self.columns + pairs]
         for _ in range(2):
-            columns = generator.integers(self.columns, size=pairs)
-            changes[2 * self.columns + np.arange(pairs), columns] = generator.choice((-1, 1), size=pairs)
-        places = np.clip(place + changes, 0, self._last)
-        return self.table[single, places]
+            moved = generator.integers(self.columns, size=(len(rows), pairs))
+            ways = 2 * generator.integers(2, size=(len(rows), pairs)) - 1
+            found[each, pair, moved] = places[each, moved] + ways
+        found = np.clip(found, 0, self._last).reshape(-1, self.columns)
+        return self.table.ravel()[found + single * self.table.shape[1]]
 
 
 def _batched(groups: Sequence[_Group], table: np.ndarray) -> list[_Batch]:

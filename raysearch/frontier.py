@@ -4,7 +4,7 @@ After the uniform configurations it keeps a model of the loss (`raysearch.loss_m
 
     ladder       the integer program's convex front over the estimated sensitivities: for each of a ladder of budgets
                  the widths with the least predicted loss (`raysearch.bit_layout`); also for sensitivities drawn from
-                 the posterior (Thompson sampling), so that a layer that was underestimated gets its chance
+                 their posterior
     neighbours   members of the front so far with one or two widths raised, lowered or exchanged
 
 The proposal is the member of the pool that is predicted to enlarge the hypervolume most, where trials that still run
@@ -32,17 +32,13 @@ from trainables.cost import Layer
 QUALITIES = ("accuracy", "loss")
 PRICES = 128
 """Of a ladder."""
-DRAWS = 2
-"""Ladders over sensitivities drawn from the posterior."""
-EXPLORED = 3
-"""Each so many proposals trust such a draw instead of the mean."""
 PARENTS = 16
 """Members of the front, those beside the widest gaps, whose neighbours are looked at."""
 PAIRS = 24
 """Random neighbours of each that differ in two widths."""
-POOL = 384
-REFITS = 8
-"""The model is fitted anew when the history has grown by one eighth at most."""
+POOL = 1024
+REFITS = 5
+"""The model is fitted anew when the history has grown by one fifth at most."""
 PRIOR_PAIRS = 3
 """How many pairs the belief that all trainings gain the same from a rung to the end is worth."""
 FEWEST = 2
@@ -92,13 +88,13 @@ def unsuited(space: Space, objectives: Mapping[str, str], sums: Collection[str] 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pool:
-    """Candidates: their widths, costs, and quality as predicted by the model and by each draw."""
+    """Candidates: their widths and costs, and the quality that the model predicts."""
 
     model: LossModel
     bits: np.ndarray
     keys: list[bytes]
     cost: np.ndarray
-    predicted: list[np.ndarray]
+    predicted: np.ndarray
 
 
 class Frontier:
@@ -141,7 +137,9 @@ class Frontier:
         self._seen: list[Tried] = []
         self._keys: list[bytes] = []
         self._bits = np.zeros((0, self.layout.columns))
-        self._pools: dict[tuple[Any, ...], tuple[tuple[Tried, ...], _Pool]] = {}
+        self._fitted: tuple[Tried, ...] = ()
+        self._model = guess(self.prior)
+        self._pools: dict[tuple[Any, ...], _Pool] = {}
 
     @one_thread
     def propose(
@@ -165,20 +163,18 @@ class Frontier:
         running, barred = list(pending), list(refused)
         number = len(history) + len(running)
         generator = np.random.default_rng([seed, number, len(barred)])
-        turn, place = divmod(number, len(self.blends))
-        blend = self.blends[place]
+        blend = self.blends[number % len(self.blends)]
         self._read(history)
-        beside = np.array([self._row(values) for values in running]).reshape(-1, self.layout.columns)
+        beside = self._rows(running)
         pool = self._pool(history[: checkpoint(len(history))], blend, seed)
         bits = np.concatenate([self._bits, beside])
         quality = np.concatenate([self._qualities(history), pool.model.predict(beside)])
         known = np.flatnonzero(np.isfinite(quality))
         cost, quality = self.layout.cost(blend, bits[known]), quality[known]
-        taken = {*self._keys, *(row.tobytes() for row in beside), *(self._row(values).tobytes() for values in barred)}
+        taken = {*self._keys, *_row_keys(beside), *_row_keys(self._rows(barred))}
         fresh = np.array([bool(self.others) or key not in taken for key in pool.keys], dtype=bool)
         if fresh.any():
-            trusted = pool.predicted[1 + turn // EXPLORED % DRAWS if turn % EXPLORED == 0 else 0]
-            score = gains(pool.cost, trusted, cost, quality, self.layout.largest(blend), self.worst)
+            score = gains(pool.cost, pool.predicted, cost, quality, self.layout.largest(blend), self.worst)
             score[~fresh] = -np.inf
             row = pool.bits[int(score.argmax())]
         else:
@@ -199,13 +195,15 @@ class Frontier:
         if same < len(self._seen):
             self._seen, self._keys = self._seen[:same], self._keys[:same]
             self._bits = self._bits[:same]
-        rows = [self._row(tried.values) for tried in history[same:]]
+        rows = self._rows([tried.values for tried in history[same:]])
         self._seen += history[same:]
-        self._keys += [row.tobytes() for row in rows]
-        self._bits = np.concatenate([self._bits, np.array(rows).reshape(-1, self.layout.columns)])
+        self._keys += _row_keys(rows)
+        self._bits = np.concatenate([self._bits, rows])
 
-    def _row(self, values: Mapping[str, Any]) -> np.ndarray:
-        return np.array([values[address] for address in self.layout.addresses], dtype=float)
+    def _rows(self, many: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Widths of each, (n, columns)."""
+        rows = [[values[address] for address in self.layout.addresses] for values in many]
+        return np.array(rows, dtype=float).reshape(-1, self.layout.columns)
 
     def _qualities(self, history: Sequence[Tried]) -> np.ndarray:
         """To be minimised: infinite if unknown, the worst if they failed, (n,)."""
@@ -230,52 +228,55 @@ class Frontier:
 
     def _pool(self, history: Sequence[Tried], blend: Blend, seed: int) -> _Pool:
         """What is worth trying after this history; kept until another one is asked for."""
+        if len(self._fitted) != len(history) or not all(map(is_, self._fitted, history)):
+            self._fitted, self._pools = tuple(history), {}
+            self._model = self._learnt(history)
         key = (seed, *blend.items())
-        kept = self._pools.get(key)
-        if kept is None or len(kept[0]) != len(history) or not all(map(is_, kept[0], history)):
+        if key not in self._pools:
             generator = np.random.default_rng([seed, len(history), len(self.blends)])
-            pool = self._made(
-                self._bits[: len(history)], self._qualities(history), self._hopes(history), blend, generator
-            )
-            kept = self._pools[key] = tuple(history), pool
-        return kept[1]
+            self._pools[key] = self._made(self._model, self._qualities(history), blend, generator)
+        return self._pools[key]
 
-    def _made(
-        self, bits: np.ndarray, quality: np.ndarray, hoped: np.ndarray, blend: Blend, generator: np.random.Generator
-    ) -> _Pool:
-        ended, told = np.isfinite(quality), np.isfinite(hoped)
-        taken = set(_row_keys(bits))
-        model = fit(bits[told], hoped[told], self.prior) if told.sum() >= FEWEST else guess(self.prior)
-        bits, quality = bits[ended], quality[ended]
-        models = [model, *(model.sample(generator) for _ in range(DRAWS))]
+    def _learnt(self, history: Sequence[Tried]) -> LossModel:
+        """How the quality depends on the widths."""
+        hopes = self._hopes(history)
+        told = np.flatnonzero(np.isfinite(hopes))
+        if len(told) < FEWEST:
+            return guess(self.prior)
+        return fit(self._bits[told], hopes[told], self.prior, self.layout.roles)
+
+    def _made(self, model: LossModel, quality: np.ndarray, blend: Blend, generator: np.random.Generator) -> _Pool:
+        """The ladder and the neighbours of the front, as far as they are not taken; the most promising come first."""
+        ended = np.isfinite(quality)
+        taken = set() if self.others else set(self._keys[: len(quality)])
+        bits, quality = self._bits[: len(quality)][ended], quality[ended]
         cost = self.layout.cost(blend, bits)
-        members, largest = staircase(cost, quality), self.layout.largest(blend)
-        found = [self.layout.best(m.noise(self.layout.table), blend, PRICES) for m in models]
-        found += [self.layout.neighbours(bits[i], PAIRS, generator) for i in members[:PARENTS]]
-        found += [bits[members]] if self.others else []
-        rows = np.concatenate(found)
-        unique = {key: place for place, key in enumerate(_row_keys(rows))}
-        rows = self.layout.allowed(rows[[place for key, place in unique.items() if self.others or key not in taken]])
-        costs, residual = self.layout.cost(blend, rows), model.residual(rows)
-        predicted = [m.curve(rows) + residual for m in models]
-        ranks = [np.argsort(np.argsort(-gains(costs, p, cost, quality, largest, self.worst))) for p in predicted]
-        kept = np.argsort(np.min(ranks, axis=0), kind="stable")[:POOL]
+        members = bits[staircase(cost, quality)]
+        ladders = [each.noise(self.layout.table) for each in (model, model.sample(generator))]
+        found = [self.layout.best(noise, blend, PRICES) for noise in ladders]
+        found += [self.layout.neighbours(members[:PARENTS], PAIRS, generator)]
+        found += [members] if self.others else []
+        rows = self.layout.allowed(np.concatenate(found))
+        costs, predicted, keys = self.layout.cost(blend, rows), model.predict(rows), _row_keys(rows)
+        gain = gains(costs, predicted, cost, quality, self.layout.largest(blend), self.worst)
+        first = {keys[i]: i for i in gain.argsort(kind="stable").tolist() if keys[i] not in taken}
+        kept = list(first.values())[: -POOL - 1 : -1]
         return _Pool(
             model=model,
             bits=rows[kept],
-            keys=_row_keys(rows[kept]),
+            keys=[keys[i] for i in kept],
             cost=costs[kept],
-            predicted=[p[kept] for p in predicted],
+            predicted=predicted[kept],
         )
 
     def _widened(self, rows: np.ndarray, taken: set[bytes], generator: np.random.Generator) -> np.ndarray | None:
         """A random neighbour of one of these rows, or of its neighbours, and so on, that is not taken."""
         rows = np.concatenate([rows, self.layout.extreme(0)[None]])
         for _ in range(WIDENED):
-            parents = rows[generator.integers(len(rows), size=8)]
-            found = np.concatenate([self.layout.neighbours(row, PAIRS, generator) for row in parents])
-            for row in self.layout.allowed(generator.permutation(found)):
-                if row.tobytes() not in taken:
+            found = self.layout.neighbours(rows[generator.integers(len(rows), size=8)], PAIRS, generator)
+            allowed = self.layout.allowed(generator.permutation(found))
+            for row, key in zip(allowed, _row_keys(allowed), strict=True):
+                if key not in taken:
                     return row
             rows = np.concatenate([rows, found])
         return None
@@ -302,9 +303,8 @@ class Frontier:
 
 
 def _row_keys(rows: np.ndarray) -> list[bytes]:
-    """What tells rows of widths apart: of each row its bytes, as `row.tobytes()` gives them."""
-    size = rows.shape[1] * rows.itemsize
-    text = rows.tobytes()
+    """What tells rows of widths apart."""
+    size, text = rows.shape[1], rows.astype(np.uint8).tobytes()
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
@@ -338,7 +338,7 @@ def checkpoint(ended: int) -> int:
     """How much of a history the model is fitted to: all of a short one, then each so much more.
 
     >>> [checkpoint(n) for n in (3, 15, 16, 33, 34, 100)]
-    [3, 15, 16, 32, 32, 96]
+    [3, 14, 16, 32, 32, 96]
     """
     step = 1 << max(0, (ended // REFITS).bit_length() - 1)
     return ended // step * step

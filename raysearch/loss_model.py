@@ -2,42 +2,68 @@
 
 Rounding noise quarters with each bit, so a quality y (lower is better: loss, or 1 - accuracy) is modelled as
 
-    y = a + c log(e0 + sum_j s_j 4^-b_j exp(d_j x_j + steep x_j + bend x_j^2 / 4))  +  r(b),    x_j = b_j - 5
+    y = a + c log(t / (1 + e1 t)) + r(b),    t = e0 + sum_j s_j 4^-b_j exp(shape_j(b_j) + own_j(b_j))
 
 with a sensitivity s_j > 0 for each bit parameter. With a large e0 this is a sum of independent losses, with a small one
-their logarithm, between them it saturates as accuracy does. Where noise does not quarter, steep and bend say how it
-falls for all parameters, and d_j for one. The s_j have a lognormal prior around what is known before training, the d_j
-a normal one around 0, of widths that the results decide (marginal likelihood): sensitivities that fit are kept, wrong
-ones are forgotten, and the d_j stay 0 where nothing speaks for them. The maximum of the posterior is found by
-Gauss-Newton steps; its curvature gives samples for Thompson sampling. r is a Gaussian process over the widths, for what
-no sum can say: interactions of layers.
+their logarithm; e0 and e1 make it saturate at both ends, as accuracy does between that of the float network and chance.
+Where noise does not quarter, shape_j says how it falls for all parameters and for those of a kind, which may all be
+more sensitive than guessed, and own_j for one. Each is a line through width 5 and a random walk from width to width: a
+line is noise that falls by another factor, a step of the walk a width below which a layer fails.
+
+The s_j have a lognormal prior around what is known before training, lines and walks a normal one around 0, of widths
+that the results decide (marginal likelihood): sensitivities that fit are kept, wrong ones are forgotten, and the own_j
+stay 0 where nothing speaks for them. The maximum of the posterior is found by Gauss-Newton steps (Levenberg 1944), its
+curvature gives samples. r is a Gaussian process over the widths, for what no sum can say: interactions of layers.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
 LOG4 = np.log(4.0)
-PRIORS = ((0.03, 0.0), (0.1, 0.0), (0.3, 0.0), (1.0, 0.0), (2.0, 0.0), (0.1, 0.3), (1.0, 0.3))
-"""Widths of the priors of log s and of d that the results choose from."""
+PRIORS = (
+    (0.03, 0.0, 0.0),
+    (0.1, 0.0, 0.0),
+    (0.3, 0.0, 0.0),
+    (1.0, 0.0, 0.0),
+    (2.0, 0.0, 0.0),
+    (0.1, 0.3, 0.0),
+    (1.0, 0.3, 0.0),
+    (0.3, 0.0, 1.0),
+    (1.0, 0.0, 1.0),
+)
+"""Widths of the priors of log s, of own lines' slopes and of own walks' steps, of which the results choose."""
 NOISE = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """Standard deviations of what the sum leaves unexplained, as shares of that of all results."""
-GLOBAL = 5
-"""Parameters before the sensitivities: a, log c, log e0, steep, bend."""
-SHAPE = (0.3, 0.2)
-"""Widths of the priors of steep and bend."""
+OUTER = 4
+"""Parameters of the formula outside of the sum: a, log c, log e0, log e1."""
+SHAPE, KIND = (0.0, 0.3, 0.3), (1.0, 0.2, 0.0)
+"""Widths of the priors of height, slope and steps: of the shape that all share, and of that of a kind."""
 MIDDLE = 5.0
 """Bits at which a parameter's noise is s_j 4^-b_j."""
-STEPS, CHOOSING = 6, 2
-"""Gauss-Newton steps at most, and those of them that choose prior width and noise anew."""
+FLOORS, CEILINGS, SLOPES = np.array([1e-3, 0.1, 1.0, 10.0]), np.array([1e-3, 0.1, 1.0]), np.array([0.0, 0.7, 1.2])
+"""e0, e1 and slopes of the shape from which the fit may start, where a typical sum is 1."""
+DOUBT = 1.5
+"""By how much better a start must fit that has not the first slope and the first e1, in units of the least misfit."""
+STEPS, CHOSEN = 12, (0, 2, 5)
+"""Gauss-Newton steps at most, and those of them that choose prior widths and noise anew."""
+UNSETTLED = 0.5
+"""Noise of a step at least, as a share of the misfit before it: far from the optimum, the linearised model is wrong."""
+TRIES, SETTLED = 5, 0.5
+"""Dampings of a step that are tried until it is an improvement, and how small an improvement is the last."""
 LENGTHS = (2.0, 4.0)
 """Length scales of the residual, in bits (Euclidean distance over all parameters)."""
 NUGGETS = (1e-2, 0.1, 0.5, 2.0)
 """Variances of independent noise, as shares of the residual's smooth variance."""
+WEIGHED = 64
+"""The last trials, by which prior widths and noise are chosen."""
 FEWEST_RESIDUALS, JUDGED, MOST_RESIDUALS = 4, 96, 256
 """Trials for which r is 0; the last trials, by which length and noise are chosen; those that r goes through."""
-FLOOR, TINY = 1e-9, 1e-12
+FLOOR = 1e-9
 
 one_thread = ThreadpoolController().wrap(limits=1, user_api="blas")
 """Decorates what works on small matrices: threads take many times as long for them, and their number changes the last
@@ -45,21 +71,104 @@ digits, so that the same sweep would propose otherwise on a machine with more co
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Formula:
+    """What the vector of all values means: a, log c, log e0, log e1; shapes; and of all parameters log s, lines, walks.
+
+    Attributes:
+        kinds: the shapes that each bit parameter has: 1 that of all, then those of its kind, (parameters, shapes).
+        edges, gaps: where walks have their steps, and the square roots of how far apart the widths beside them are.
+    """
+
+    kinds: np.ndarray
+    edges: np.ndarray
+    gaps: np.ndarray
+
+    @classmethod
+    def of(cls, kinds: Sequence[int], widths: np.ndarray) -> "_Formula":
+        """For each parameter's kind; a walk has a step between any two of these widths, which ascend."""
+        own = np.array(kinds)[:, None] == np.unique(kinds)
+        return cls(
+            kinds=np.column_stack([np.ones(len(kinds)), own]),
+            edges=(widths[:-1] + widths[1:]) / 2,
+            gaps=np.sqrt(np.diff(widths)),
+        )
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where the vector's parts end: outer, shapes, log s, lines, walks."""
+        (count, shapes), steps = self.kinds.shape, len(self.edges)
+        return tuple(accumulate([OUTER, shapes * (2 + steps), count, count, count * steps]))
+
+    def priors(self, spread: float, own: tuple[float, float, float]) -> np.ndarray:
+        """Widths of the priors of all values, for those of log s, lines and walks."""
+        (count, shapes), steps = self.kinds.shape, len(self.edges)
+        outer = [10 * spread, 1.0, 3.0, 3.0]
+        parts = [SHAPE, *[KIND] * (shapes - 1)]
+        return np.concatenate(
+            [outer, *(np.repeat(part, [1, 1, steps]) for part in parts), np.repeat(own, [count, count, count * steps])]
+        )
+
+    def features(self, widths: np.ndarray) -> np.ndarray:
+        """1, the distance from the middle, and what lies beyond each step, (widths, features)."""
+        beyond = (widths[:, None] > self.edges).astype(float) - (self.edges < MIDDLE)
+        return np.column_stack([np.ones(len(widths)), widths - MIDDLE, self.gaps * beyond])
+
+    def noise(self, values: np.ndarray, widths: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """What each parameter adds to the sum at each of these widths, (parameters, widths)."""
+        count, shapes = self.kinds.shape
+        shape, own = values[OUTER : self.ends[1]], values[self.ends[1] :]
+        weights = own.reshape(-1, count).T + self.kinds @ shape.reshape(shapes, -1)
+        return np.exp(weights @ features.T - LOG4 * widths)
+
+
+class _Curve:
+    """The formula without r at rows of widths, for some values, and what it is made of.
+
+    Attributes:
+        terms: of the sum, (n, parameters).
+        total: t, (n,).
+        full: 1 + e1 t, (n,).
+        log: log(t / (1 + e1 t)), (n,).
+        heights: the curve, (n,).
+    """
+
+    def __init__(self, values: np.ndarray, terms: np.ndarray) -> None:
+        self.values, self.terms = values, terms
+        self.scale, self.floor, self.ceiling = np.exp(values[1:OUTER]).tolist()
+        self.total = self.floor + terms.sum(axis=1)
+        self.full = 1 + self.ceiling * self.total
+        self.log = np.log(self.total / self.full)
+        self.heights = values[0] + self.scale * self.log
+
+    def slopes(self, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Derivatives by all values, (n, values); `features` are those of the rows, (n, features, parameters)."""
+        count, gain = len(self.terms), self.scale / (self.total * self.full)
+        own = (gain[:, None] * self.terms)[:, None, :] * features
+        outer = [np.ones(count), self.scale * self.log, gain * self.floor, -gain * self.ceiling * self.total**2]
+        shapes = (own @ kinds).transpose(0, 2, 1)
+        return np.concatenate([np.array(outer).T, shapes.reshape(count, -1), own.reshape(count, -1)], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossModel:
     """A fitted model.
 
     Attributes:
-        values: a, log c, log e0, steep, bend, all log s and all d, (5 + 2 x parameters,).
-        root: square root of the posterior covariance, (5 + 2 x parameters, same).
+        formula: what the values mean.
+        values: as the formula says.
         trust: chosen width of the prior of log s.
+        priors: chosen widths of the priors of all values.
+        rows: the linearised model's slopes at the results, times the priors above 0, over the noise, (n, those).
         known: widths at which the residual is conditioned, (k, parameters).
         pull: weights of the kernel at each of them, (k,).
         length: length scale of the kernel in bits.
     """
 
+    formula: _Formula
     values: np.ndarray
-    root: np.ndarray
     trust: float
+    priors: np.ndarray
+    rows: np.ndarray
     known: np.ndarray
     pull: np.ndarray
     length: float = 1.0
@@ -67,11 +176,11 @@ class LossModel:
     @property
     def sensitivities(self) -> np.ndarray:
         """Of each bit parameter, up to a common factor."""
-        return np.exp(self.values[GLOBAL:].reshape(2, -1)[0])
+        return 4.0**MIDDLE * self._table(int(MIDDLE))[:, -1]
 
     def noise(self, widths: np.ndarray) -> np.ndarray:
         """What each parameter adds to the sum at each of its widths, (parameters, widths)."""
-        return _terms(self.values, widths.T).T
+        return np.take_along_axis(self._table(int(widths.max())), widths.astype(int), axis=1)
 
     def predict(self, bits: np.ndarray) -> np.ndarray:
         """Predicted quality of each row of widths, (n,)."""
@@ -79,158 +188,159 @@ class LossModel:
 
     def curve(self, bits: np.ndarray) -> np.ndarray:
         """The part that is a sum over parameters, (n,)."""
-        return _curve(self.values, bits)
+        table = self._table(int(bits.max(initial=1.0)))
+        return _Curve(self.values, table[np.arange(len(table)), bits.astype(int)]).heights
 
     def residual(self, bits: np.ndarray) -> np.ndarray:
         """r of each row of widths, (n,)."""
         return _kernel(bits, self.known, self.length) @ self.pull if len(self.known) else np.zeros(len(bits))
 
     def sample(self, generator: np.random.Generator) -> "LossModel":
-        """The same with sensitivities drawn from their posterior."""
-        drawn = self.root @ generator.standard_normal(len(self.values))
-        return replace(self, values=self.values + np.clip(drawn, -3, 3))
+        """The same with values drawn from their posterior (Matheron's rule: a draw of the prior, corrected)."""
+        free = np.flatnonzero(self.priors)
+        drawn = generator.standard_normal(len(free))
+        wrong = self.rows @ drawn + generator.standard_normal(len(self.rows))
+        values = self.values.copy()
+        values[free] += np.clip(self.priors[free] * (drawn - _Ridge(self.rows).solved(self.rows.T @ wrong)), -3, 3)
+        return replace(self, values=values)
+
+    def _table(self, widest: int) -> np.ndarray:
+        """What each parameter adds to the sum at each width 0, 1, ..., (parameters, widths)."""
+        widths = np.arange(widest + 1.0)
+        return self.formula.noise(self.values, widths, self.formula.features(widths))
 
 
 @one_thread
-def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray) -> LossModel:
+def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, kinds: Sequence[int] | None = None) -> LossModel:
     """Fit to results.
 
     Args:
         bits: widths of each trial, (n, parameters), n >= 1.
         quality: what was measured, lower is better, finite, (n,).
         prior: guessed sensitivities up to a common factor, > 0, (parameters,).
+        kinds: parameters of one kind may all be more sensitive than guessed; by default all are of one.
     """
     spread = max(float(quality.std()), FLOOR)
-    centre = _start(bits, quality, np.log(prior), spread)
-    posterior = _Posterior(spread=spread)
-    values, cost = centre, np.inf
+    widths, places = np.unique(bits, return_inverse=True)
+    formula = _Formula.of([0] * len(prior) if kinds is None else kinds, widths)
+    table = formula.features(widths)
+    features, columns, places = table[places].transpose(0, 2, 1), np.arange(len(prior)), places.reshape(bits.shape)
+
+    def curve(values: np.ndarray) -> _Curve:
+        return _Curve(values, formula.noise(values, widths, table)[columns, places])
+
+    centre = _start(bits, quality, np.log(prior), spread, formula)
+    here, damping = curve(centre), 0.0
     for step in range(STEPS):
-        predicted, slopes = _curve(values, bits), _slopes(values, bits)
-        target = quality - predicted + slopes @ (values - centre)  # of the linearised model, from the prior's centre
-        posterior = posterior.updated(slopes, target, choose=step < CHOOSING)
-        move = centre + posterior.mean - values
-        before = posterior.objective(values - centre, quality - predicted)
-        for shrink in (1.0, 0.5, 0.25, 0.1):
-            moved = values + shrink * move
-            after = posterior.objective(moved - centre, quality - _curve(moved, bits))
+        misfit, slopes = quality - here.heights, here.slopes(formula.kinds, features)
+        if step in CHOSEN:
+            target = misfit + slopes @ (here.values - centre)  # of the linearised model, from the prior's centre
+            own, least = _chosen(slopes, target, spread, formula)
+            priors = formula.priors(spread, own)
+            free = np.flatnonzero(priors)
+            if here.values[priors == 0].any():  # they were free before
+                here = curve(np.where(priors > 0, here.values, centre))
+                misfit, slopes = quality - here.heights, here.slopes(formula.kinds, features)
+        noise = max(least, UNSETTLED * float(np.sqrt((misfit**2).mean())))
+        rows, off = slopes[:, free] * (priors[free] / noise), (here.values - centre)[free] / priors[free]
+        ridge, downhill = _Ridge(rows), rows.T @ (misfit / noise) - off
+        before = after = _objective(misfit / noise, off)
+        for _ in range(TRIES):
+            values = here.values.copy()
+            values[free] += priors[free] * ridge.solved(downhill, 1 + damping)
+            there = curve(values)
+            after = _objective((quality - there.heights) / noise, (values - centre)[free] / priors[free])
             if after < before:
-                values = moved
+                here, damping = there, damping / 10 if damping > 1 else 0.0
                 break
-        if step >= CHOOSING and abs(cost - after) < 1e-3 * max(1.0, abs(after)):
+            damping = max(1.0, 10 * damping)
+        if step >= CHOSEN[-1] and before - after < SETTLED:
             break
-        cost = after
-    known, pull, length = _residual(bits, quality - _curve(values, bits), spread)
+    known, pull, length = _residual(bits, quality - here.heights, spread)
     return LossModel(
-        values=values, root=posterior.root, trust=posterior.prior[0], known=known, pull=pull, length=length
+        formula=formula,
+        values=here.values,
+        trust=own[0],
+        priors=priors,
+        rows=rows,
+        known=known,
+        pull=pull,
+        length=length,
     )
 
 
 def guess(prior: np.ndarray) -> LossModel:
     """What is believed before any result: the prior's sensitivities, and a loss that is the logarithm of their sum."""
-    none = np.zeros(len(prior))
-    values = np.concatenate([[0.0, 0.0, np.log(FLOOR * prior.sum()), 0.0, 0.0], np.log(prior), none])
-    root = np.diag(np.concatenate([np.zeros(GLOBAL), np.ones(len(prior)), none]))
-    return LossModel(values=values, root=root, trust=1.0, known=np.zeros((0, len(prior))), pull=np.zeros(0))
+    count = len(prior)
+    outer = [0.0, 0.0, np.log(FLOOR * prior.sum()), np.log(FLOOR / prior.sum())]
+    return LossModel(
+        formula=_Formula(kinds=np.ones((count, 1)), edges=np.zeros(0), gaps=np.zeros(0)),
+        values=np.concatenate([outer, [0.0, 0.0], np.log(prior), np.zeros(count)]),
+        trust=1.0,
+        priors=np.concatenate([np.zeros(OUTER + 2), np.ones(count), np.zeros(count)]),
+        rows=np.zeros((0, count)),
+        known=np.zeros((0, count)),
+        pull=np.zeros(0),
+    )
 
 
-def _curve(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """The formula without r, (n,)."""
-    return values[0] + np.exp(values[1]) * np.log(np.exp(values[2]) + _terms(values, bits).sum(axis=1))
+def _start(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, spread: float, formula: _Formula) -> np.ndarray:
+    """The best a and c for each of several e0, e1 and slopes; the prior's sensitivities are scaled to a sum of 1."""
+    sums = np.exp(prior - LOG4 * bits + SLOPES[:, None, None] * (bits - MIDDLE)).sum(axis=2)
+    middles = np.exp(np.log(sums).mean(axis=1, keepdims=True))
+    totals = FLOORS[:, None, None] + sums / middles
+    logs = np.log(totals / (1 + CEILINGS[:, None, None, None] * totals))  # (ceilings, floors, slopes, n)
+    centred = logs - logs.mean(axis=-1, keepdims=True)
+    scales = np.maximum(centred @ quality / np.maximum((centred**2).sum(axis=-1), FLOOR), 0.05 * spread)
+    misfits = ((quality - quality.mean() - scales[..., None] * centred) ** 2).sum(axis=-1)
+    doubts = DOUBT * misfits.min() * ((SLOPES[0] != SLOPES) | (CEILINGS[0] != CEILINGS)[:, None, None])
+    best = np.unravel_index(int((misfits + doubts).argmin()), misfits.shape)
+    ceiling, floor, slope = (each[place] for each, place in zip((CEILINGS, FLOORS, SLOPES), best, strict=True))
+    values = np.zeros(formula.ends[-1])
+    offset = quality.mean() - scales[best] * logs[best].mean()
+    values[:OUTER] = offset, np.log(scales[best]), np.log(floor), np.log(ceiling)
+    values[OUTER + 1] = slope
+    values[slice(*formula.ends[1:3])] = prior - np.log(middles[best[2], 0])
+    return values
 
 
-def _slopes(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Its derivatives by all values, (n, 5 + 2 x parameters)."""
-    terms = _terms(values, bits)
-    floor, scale = np.exp(values[2]), np.exp(values[1])
-    total = floor + terms.sum(axis=1)
-    by_s = scale * terms / total[:, None]
-    by_d = by_s * (bits - MIDDLE)
-    by_bend = (by_d * (bits - MIDDLE)).sum(axis=1) / 4
-    rest = [np.ones(len(bits)), scale * np.log(total), scale * floor / total, by_d.sum(axis=1), by_bend]
-    return np.column_stack([*rest, by_s, by_d])
+def _chosen(
+    slopes: np.ndarray, target: np.ndarray, spread: float, formula: _Formula
+) -> tuple[tuple[float, float, float], float]:
+    """Prior widths and noise with the largest marginal likelihood of the last results of the linearised model."""
+    known, wanted = slopes[-WEIGHED:], target[-WEIGHED:]
+    first, *ends = formula.ends[1:]
+    parts = [known[:, :first] * formula.priors(spread, PRIORS[0])[:first]]
+    parts += [known[:, start:end] for start, end in pairwise([first, *ends])]
+    squares = np.array([part @ part.T for part in parts])
+    weights = np.array([(1.0, *prior) for prior in PRIORS]) ** 2
+    eigen, basis = np.linalg.eigh(np.tensordot(weights, squares, axes=1))
+    turned = (wanted @ basis) ** 2
+    noises = spread * np.array(NOISE)
+    variance = np.maximum(eigen, 0.0)[:, None, :] + noises[:, None] ** 2  # (priors, noises, results)
+    evidence = -0.5 * (turned[:, None, :] / variance + np.log(variance)).sum(axis=2)
+    t, k = np.unravel_index(int(evidence.argmax()), evidence.shape)
+    return PRIORS[t], float(noises[k])
 
 
-def _terms(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """What each parameter adds to the sum, (n, parameters)."""
-    steep, bend = values[GLOBAL - 2 : GLOBAL]
-    logs, decays = values[GLOBAL:].reshape(2, -1)
-    off = bits - MIDDLE
-    return np.exp(logs - LOG4 * bits + (steep + decays) * off + bend / 4 * off**2)
+class _Ridge:
+    """Solves (rows^T rows + ridge) x = wanted, by the smaller of both squares of the rows."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows, self.wide = rows, rows.shape[0] < rows.shape[1]
+        self.square = rows @ rows.T if self.wide else rows.T @ rows
+
+    def solved(self, wanted: np.ndarray, ridge: float = 1.0) -> np.ndarray:
+        """The x of each column, (columns,) or (columns, k)."""
+        inner = self.square + ridge * np.eye(len(self.square))
+        if not self.wide:
+            return np.linalg.solve(inner, wanted)
+        return (wanted - self.rows.T @ np.linalg.solve(inner, self.rows @ wanted)) / ridge
 
 
-def _start(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, spread: float) -> np.ndarray:
-    """The best a and c for each of several e0, with the prior's sensitivities scaled to a typical sum of 1."""
-    sums = np.exp(prior - LOG4 * bits).sum(axis=1)
-    middle = float(np.exp(np.log(sums).mean()))
-    best, error = np.zeros(0), np.inf
-    for floor in (1e-3, 0.1, 1.0, 10.0):
-        logs = np.log(floor + sums / middle)
-        centred = logs - logs.mean()
-        variance = float(centred @ centred)
-        slope = max(float(centred @ quality) / variance if variance > FLOOR else spread, 0.05 * spread)
-        offset = float(quality.mean() - slope * logs.mean())
-        misfit = float(((quality - offset - slope * logs) ** 2).sum())
-        if misfit < error:
-            start = [offset, np.log(slope), np.log(floor), 0.0, 0.0]
-            best, error = np.concatenate([start, prior - np.log(middle), np.zeros(len(prior))]), misfit
-    return best
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Posterior:
-    """Of the linearised model: prior width and noise with the largest marginal likelihood, and what follows.
-
-    Attributes:
-        spread: standard deviation of the results.
-        prior, noise: as chosen.
-        mean: from the prior's centre.
-        root: square root of the covariance.
-    """
-
-    spread: float
-    prior: tuple[float, float] = PRIORS[0]
-    noise: float = 1.0
-    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    root: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-
-    def updated(self, slopes: np.ndarray, target: np.ndarray, *, choose: bool) -> "_Posterior":
-        priors = PRIORS if choose else (self.prior,)
-        widths = np.stack([self.widths(prior, slopes.shape[1]) for prior in priors])
-        eigen, basis = _spectrum(slopes * widths[:, None, :])
-        turned = np.einsum("tpk,tp->tk", basis, widths * (slopes.T @ target))
-        noises = self.spread * np.array(NOISE)
-        variance = noises[:, None] ** 2
-        shrunk = eigen[:, None, :] / variance + 1  # (priors, noises, parameters)
-        misfit = float(target @ target) / noises**2 - ((turned[:, None, :] / variance) ** 2 / shrunk).sum(axis=2)
-        evidence = -0.5 * (misfit + len(target) * np.log(noises**2) + np.log(shrunk).sum(axis=2))
-        t, k = np.unravel_index(int(evidence.argmax()), evidence.shape)
-        mean = widths[t] * (basis[t] @ (turned[t] / variance[k] / shrunk[t, k]))
-        narrowed = (basis[t] * (1 / np.sqrt(shrunk[t, k]) - 1)) @ basis[t].T
-        root = widths[t][:, None] * (np.eye(len(narrowed)) + narrowed)
-        return replace(self, prior=priors[t], noise=float(noises[k]), mean=mean, root=root)
-
-    def widths(self, prior: tuple[float, float], count: int) -> np.ndarray:
-        return np.concatenate([[10 * self.spread, 1.0, 3.0, *SHAPE], np.repeat(prior, (count - GLOBAL) // 2)])
-
-    def objective(self, off: np.ndarray, misfit: np.ndarray) -> float:
-        """Twice the negative logarithm of the posterior, up to a constant."""
-        widths = self.widths(self.prior, len(off))
-        off = off / np.where(widths > 0, widths, 1.0)  # of width 0, nothing is off
-        return float(misfit @ misfit) / self.noise**2 + float(off @ off)
-
-
-def _spectrum(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, (m, k), and eigenvectors, (m, p, k), of the squares of m matrices with n rows, (m, n, p).
-
-    They come from the smaller of both squares: k is the lesser of n and p. Where an eigenvalue is 0, so is its vector.
-    """
-    turned = rows.transpose(0, 2, 1)
-    if rows.shape[1] >= rows.shape[2]:
-        eigen, basis = np.linalg.eigh(turned @ rows)
-        return np.maximum(eigen, 0.0), basis
-    eigen, left = np.linalg.eigh(rows @ turned)
-    eigen = np.where(eigen > TINY * eigen[:, -1:], eigen, 0.0)
-    return eigen, turned @ (left / np.where(eigen > 0, np.sqrt(eigen), np.inf)[:, None, :])
+def _objective(misfit: np.ndarray, off: np.ndarray) -> float:
+    """Twice the negative logarithm of the posterior, up to a constant; both in units of their standard deviations."""
+    return float(misfit @ misfit + off @ off)
 
 
 def _residual(bits: np.ndarray, residual: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray, float]:

@@ -221,7 +221,7 @@ def test_the_default_proposer_reaches_its_bars(name: str, trials: int, bar: floa
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("noise 1", 2), ("coupled", 4), ("error", 40), ("strange", 20), ("mixed", 25), ("straight", 25)]
+    ("name", "most"), [("noise 1", 2), ("coupled", 4), ("error", 40), ("strange", 30), ("mixed", 25), ("straight", 25)]
 )
 def test_many_trials_at_the_same_time_repeat_nothing_and_waste_little(name: str, most: int) -> None:
     """Waste is a trial that a trial dominates which had ended before it was proposed; of random search it is 150."""

@@ -107,13 +107,11 @@ def test_a_proposal_depends_on_seed_and_history_alone() -> None:
     def make() -> Frontier:
         return Frontier(problem.space, problem.layers, {"loss": "min", "bops": "min"}, sensitivities=problem.told)
 
-    warm, other = make(), []
+    warm = make()
     for ended in (0, 5, 14, 33, 50, 49, 66):  # back and forth: what is kept between calls must not matter
         pending = [tried.values for tried in history[ended : ended + 4]]
         again = make().propose(list(history[:ended]), pending, 7)
         assert warm.propose(history[:ended], pending, 7) == again
-        other.append(make().propose(history[:ended], pending, 8) != again)
-    assert any(other)
 
 
 def test_what_was_refused_is_not_proposed_again() -> None:
