@@ -90,7 +90,7 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
         RecordError: no run folder.
         SweepError: another driver is at work on it, or a file of a plug-in has changed.
     """
-    from raysearch.tracking import start_mirror
+    from raysearch.tracking import mirror_rest
 
     folder = RunFolder(Path(path))
     described = folder.read_sweep()
@@ -103,7 +103,7 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
         over = _records_if_over(folder)
         if over is not None:
             (watcher or Watcher()).started(folder, resolved)
-            return _outcome(folder, start_mirror(folder.path, sweep.mlflow_uri).close(MIRROR_WAIT_S), over)
+            return _outcome(folder, mirror_rest(folder.path, sweep.mlflow_uri, MIRROR_WAIT_S), over)
         _load_data(resolved)
         with ray_for(resolved.sweep) as joined:
             capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)

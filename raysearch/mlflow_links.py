@@ -20,11 +20,13 @@ MOST_COMPARED = 12
 PICKED_BY = ("accuracy", "relative_bops", "bops", "size_bytes")
 FRONT_FILTER = 'tags.pareto = "true"'
 PROGRESS = "mlflow.json"
+SQLITE = "sqlite:///"
+"""A store in a file of this machine."""
 
 
 def tracking_uri(run: Path, uri: str | None = None) -> str:
     """The store to write to: `uri`, else MLFLOW_TRACKING_URI, else a database in the sweep's own folder."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run).resolve() / 'mlflow.db'}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(run).resolve() / 'mlflow.db'}"
 
 
 def is_served(uri: str) -> bool:
@@ -71,6 +73,7 @@ class Progress:
         front: run ids of the trials on the front when it was last written, the most accurate first.
         refused: the last thing that MLflow would not take, without credentials.
         error: why the store cannot be written to at present, without credentials.
+        ended: whether the runs were told how they ended, after everything else.
     """
 
     uri: str = ""
@@ -84,6 +87,7 @@ class Progress:
     front: list[str] = field(default_factory=list)
     refused: str | None = None
     error: str | None = None
+    ended: bool = False
 
     @classmethod
     def load(cls, run: Path) -> Self:

@@ -92,9 +92,9 @@ class Session:
         self.run = run
         self.sweep: dict[str, Any] = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
         self.client = MlflowClient(tracking_uri=uri)
-        self.experiment = self._experiment(uri)
+        self.experiment, made = self._experiment(uri)
         self.record_lines, self.epoch_lines = Lines(run / "records.jsonl"), Lines(run / "epochs.jsonl")
-        self.progress = self._progress(uri)
+        self.progress = self._progress(uri, known=not made)
         self.runs: dict[int, str] = {}
         self.tagged: set[int] = set()
         self.interrupted: set[int] = set()
@@ -138,25 +138,31 @@ class Session:
             end_ms = max(entries.span_ms(record)[1] for record in self.records)
             with self._unless_refused("the summary"):
                 self.client.set_terminated(self.runs[SUMMARY], "FINISHED" if done else "KILLED", end_ms)
+        self._save(ended=True)
 
-    def _experiment(self, uri: str) -> str:
+    def _experiment(self, uri: str) -> tuple[str, bool]:
+        """The id of the sweep's experiment, and whether it was made just now."""
         name = self.sweep["name"]
         found = self.client.get_experiment_by_name(name)
         if found is not None:
-            return found.experiment_id
+            return found.experiment_id, False
         # A server has a place for files; a bare database would have them put into the working directory.
         place = None if is_served(uri) else (self.run / "mlartifacts").as_uri()
         own = (self.sweep.get("sweep") or {}).get("measures") or {}
         kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the pages ask, and suggest GenAI
-        return self.client.create_experiment(name, artifact_location=place, tags=kind | view_tag(own))
+        return self.client.create_experiment(name, artifact_location=place, tags=kind | view_tag(own)), True
 
-    def _progress(self, uri: str) -> Progress:
-        """What was sent to this experiment before; nothing if it is another one, or the files are not those."""
-        known = Progress.load(self.run)
-        same = (known.uri, known.sweep, known.experiment_id) == (public(uri), self.sweep["name"], self.experiment)
-        whole = known.records_sent <= self.record_lines.size() and known.epochs_sent <= self.epoch_lines.size()
-        if same and whole:
-            return known
+    def _progress(self, uri: str, *, known: bool) -> Progress:
+        """What was sent to this experiment before; nothing if it is another one, or the files are not those.
+
+        Args:
+            known: whether the store knew the experiment; a new store may give it the id that it had in a lost one.
+        """
+        before = Progress.load(self.run)
+        same = (before.uri, before.sweep, before.experiment_id) == (public(uri), self.sweep["name"], self.experiment)
+        whole = before.records_sent <= self.record_lines.size() and before.epochs_sent <= self.epoch_lines.size()
+        if known and same and whole:
+            return before
         return Progress(uri=public(uri), sweep=self.sweep["name"], experiment_id=self.experiment)
 
     def _look_around(self) -> None:
@@ -347,7 +353,7 @@ class Session:
             log.warning("MLflow refuses %s: %s", what, error)
             self.progress = replace(self.progress, refused=redact(f"MLflow refuses {what}: {error}"))
 
-    def _save(self) -> None:
+    def _save(self, *, ended: bool = False) -> None:
         self.progress = self.progress.save(
             self.run,
             runs={str(trial): run_id for trial, run_id in sorted(self.runs.items()) if trial != SUMMARY},
@@ -355,4 +361,5 @@ class Session:
             records_sent=self.record_lines.offset,
             epochs_sent=self.epoch_lines.offset,
             error=None,
+            ended=ended,
         )

@@ -128,7 +128,7 @@ def _capacity(opened: Opened, folder: RunFolder) -> "Iterator[Capacity]":
 def _evaluate(folder: RunFolder, opened: Opened, capacity: "Capacity", watcher: Watcher) -> Result:
     from raysearch.driver import MIRROR_WAIT_S
     from raysearch.mixture_loop import evaluate_mixtures
-    from raysearch.tracking import start_mirror
+    from raysearch.tracking import mirror_rest
 
     sweep = opened.resolved.sweep
     text = (
@@ -145,5 +145,5 @@ def _evaluate(folder: RunFolder, opened: Opened, capacity: "Capacity", watcher: 
             evaluate_mixtures(folder, opened, workers, watcher.evaluated)
         finally:
             workers.close()
-    mirrored = start_mirror(folder.path, sweep.mlflow_uri).close(MIRROR_WAIT_S)
+    mirrored = mirror_rest(folder.path, sweep.mlflow_uri, MIRROR_WAIT_S)
     return Result(folder.path, mirrored=mirrored)

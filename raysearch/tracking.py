@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raysearch.mlflow_links import Progress, public, redact, tracking_uri
+from raysearch.mlflow_links import SQLITE, Progress, public, redact, tracking_uri
 from raysearch.mlflow_session import Lines, Session
 
 log = logging.getLogger("raysearch.tracking")
@@ -111,6 +111,16 @@ def start_mirror(run: Path, uri: str | None = None) -> Mirror:
         start_new_session=True,  # Ctrl-C is meant for the driver
     )
     return Mirror(run, process)
+
+
+def mirror_rest(run: Path, uri: str | None, wait_s: float) -> Status:
+    """Send what MLflow lacks of a sweep that is over, often nothing, as `start_mirror` and `Mirror.close` do."""
+    known, store = Progress.load(run), tracking_uri(Path(run).resolve(), uri)
+    found = status(run)
+    lost = store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists()
+    if found.complete and known.ended and known.uri == public(store) and not lost:
+        return found
+    return start_mirror(run, uri).close(wait_s)
 
 
 def mirror_once(run: Path, uri: str | None = None) -> Status:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from raysearch.tracking import mirror_once, status
+from raysearch.tracking import mirror_once, mirror_rest, status
 from tests.raysearch.mirror.swept import (
     NAME,
     START_S,
@@ -134,6 +135,17 @@ def test_mirroring_again_changes_nothing(run: Path) -> None:
     before = everything(client_of(run))
     assert mirror_once(run).complete
     assert everything(client_of(run)) == before
+
+
+def test_what_is_all_there_is_not_sent_again_unless_the_store_is_lost(run: Path) -> None:
+    mirror_once(run)
+    before, written = len(runs_of(client_of(run))), (run / "mlflow.json").stat()
+    assert mirror_rest(run, None, wait_s=60).complete
+    assert (run / "mlflow.json").stat() == written
+    (run / "mlflow.db").unlink()
+    assert mirror_rest(run, None, wait_s=60).complete
+    with sqlite3.connect(run / "mlflow.db") as store:  # MLflow's client here still has the old file open
+        assert store.execute("SELECT COUNT(*) FROM runs").fetchone() == (before,)
 
 
 def test_without_its_memory_the_mirror_finds_the_runs_again_and_changes_nothing(run: Path) -> None:
