@@ -1,12 +1,11 @@
-"""The Optuna study of a sweep: every proposal and its true end, on disk; and its twin in memory, which proposes.
+"""The Optuna study of a sweep, on disk: every proposal and its true end. Who proposes, and what may be trained.
 
-On disk is an ordinary Optuna study (`optuna-dashboard sqlite:///RUN/study.db`) with one trial for each training:
-complete with its values, pruned, or failed with its reason. The sampler works on a twin in memory that is rebuilt from
-the disk: a proposal with many parameters then costs one write instead of one for each parameter. The frontier
-(`raysearch.frontier`) needs no study: it works on the trials that ended, in the order of their ends, and on those that
-run. Each proposal gets a
-sampler of its own, seeded by the sweep's seed and the trial's number, so a proposal depends on the history alone and a
-resumed sweep needs no saved sampler.
+It is an ordinary Optuna study (`optuna-dashboard sqlite:///RUN/study.db`) with one trial for each training: complete
+with its values, pruned, or failed with its reason. Optuna's samplers work on a twin in memory (`raysearch.twin`),
+rebuilt from the disk: a proposal with many parameters then costs one write instead of one for each parameter. The
+frontier (`raysearch.frontier`) needs no study: it works on the trials that ended, in the order of their ends, and on
+those that run. Each proposal gets a sampler of its own, seeded by the sweep's seed and the trial's number, so a
+proposal depends on the history alone and a resumed sweep needs no saved sampler.
 """
 
 import random
@@ -20,7 +19,6 @@ from itertools import chain
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError
@@ -33,9 +31,10 @@ from raysearch.networks import changes, configured, trimmed
 from raysearch.proposals import Cost, beside, cardinality, cheapest, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.repair import Repair
-from raysearch.samplers import ask, copy_qmc_position, make_sampler
+from raysearch.samplers import copy_qmc_position, make_sampler
 from raysearch.seeds import Seeds
 from raysearch.sweep import GRID, Resolved
+from raysearch.twin import CONSTRAINTS, NONE_MISSED, Twin
 from trainables.config import merged
 from trainables.errors import ConfigError
 from trainables.storage import patiently
@@ -46,18 +45,8 @@ ATTEMPTS = 20
 RANDOM_ATTEMPTS = 2000
 OTHER_POINTS = "other_points"
 """Attribute of a trial on disk: the values of its operating points beyond the first."""
-CONSTRAINTS = "constraints"
-"""Prefix under which Optuna keeps a trial's constraints, as `Trial.set_constraint` does while it runs."""
 OTHER_EXCESSES = "other_excesses"
 """Attribute of a trial on disk: by how much those points miss the limits."""
-NONE_MISSED: Mapping[str, float] = {}
-
-
-class _Shared(dict[str, BaseDistribution]):
-    """The distributions of all trials: Optuna copies each trial deeply, but nobody changes these."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
-        return self
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,6 @@ class Ledger:
     def __init__(self, folder: RunFolder, resolved: Resolved) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.resolved, self.sweep, self.space = resolved, resolved.sweep, resolved.space
-        self._shared = _Shared(self.space)
         directions = [
             StudyDirection.MAXIMIZE if direction == "max" else StudyDirection.MINIMIZE
             for direction in self.sweep.objectives.values()
@@ -115,7 +103,7 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._disk.set_metric_names(list(self.sweep.objectives))
-        self._memory = optuna.create_study(directions=directions)
+        self._twin = Twin(directions, self.space, resolved.base)
         self.choice = choose(resolved)
         seeds = Seeds.read(folder.seeds)
         self._frontier = frontier_of(resolved, seeds.sensitivities) if self.choice.sampler == FRONTIER else None
@@ -136,7 +124,6 @@ class Ledger:
         self._running: dict[int, Mapping[str, Any]] = {}
         self._size = cardinality(self.space)
         self._seen: dict[str, int] = {}
-        self._twin: dict[int, int] = {}
         self.refused = 0
         self.interrupted: list[Proposal] = []
         self._grid = self._walk() if self.choice.sampler == "grid" else iter(())
@@ -149,7 +136,7 @@ class Ledger:
             assert trial.datetime_complete
             ended_at = trial.datetime_complete.timestamp()
             self._learn_end(trial.number, ended_at, trial.params, trial.state, trial.values)
-        copy_qmc_position(self._disk, self._memory)
+        copy_qmc_position(self._disk, self._twin.study)
 
     @property
     def started(self) -> int:
@@ -170,7 +157,7 @@ class Ledger:
             source, values = self._first.pop(0)
             cost = self._acceptable(values)
             if cost is not None:
-                return self._accept(self._fixed(values), source, cost)
+                return self._accept(self._twin.fixed(values), source, cost)
         if self.choice.sampler == "grid":
             return self._drawn(self._grid, "grid")
         return self._at_the_frontier() if self._frontier else self._sampled()
@@ -199,27 +186,19 @@ class Ledger:
             return
         if reason:
             self._write(lambda: self._storage.set_trial_user_attr(trial_id, "reason", reason[:2000]))
-        values, others = (list(points[0]), points[1:]) if state == TrialState.COMPLETE else (None, ())
-        if others:
-            self._write(lambda: self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(others)))
+        if state != TrialState.COMPLETE:
+            points = ()
+        values = list(points[0]) if points else None
+        if points[1:]:
+            self._write(lambda: self._storage.set_trial_user_attr(trial_id, OTHER_POINTS, list(points[1:])))
             missed = [dict(each) for each in excesses[1:]]
             self._write(lambda: self._storage.set_trial_user_attr(trial_id, OTHER_EXCESSES, missed))
-        twin = self._memory.get_trials(deepcopy=False)[self._twin[number]]
-        for name, excess in (excesses[0] if excesses else {}).items():
-            key = f"{CONSTRAINTS}:{name}"
-            self._write(partial(self._storage.set_trial_system_attr, trial_id, key, excess))
-            if not twin.state.is_finished():
-                self._memory._storage.set_trial_system_attr(twin._trial_id, key, excess)
+        for name, excess in (excesses[0] if excesses else NONE_MISSED).items():
+            self._write(partial(self._storage.set_trial_system_attr, trial_id, f"{CONSTRAINTS}:{name}", excess))
         self._write(lambda: self._disk.tell(number, values, state=state))
         if number in self._running:
             self._learn_end(number, time.time(), self._running.pop(number), state, values)
-        # A sampler ignores failures; told as pruned, it learns to stay away from what diverges.
-        learnt = TrialState.PRUNED if state == TrialState.FAIL else state
-        if not twin.state.is_finished():
-            self._memory.tell(twin.number, values, state=learnt)
-            self._learn_others(self._memory.get_trials(deepcopy=False)[twin.number], others, excesses[1:])
-        elif values is not None:  # it was paused and went on
-            self._learn_others(twin, [values, *others], excesses)
+        self._twin.end(number, state, points, excesses)
 
     def pause(self, number: int, at: float) -> None:
         """A trial was stopped, and may go on later; until then it is pruned to the sampler, and running on disk.
@@ -229,9 +208,7 @@ class Ledger:
             at: when, in Unix time.
         """
         self._learn_end(number, at, self._running.pop(number), TrialState.PRUNED, None)
-        twin = self._memory.get_trials(deepcopy=False)[self._twin[number]]
-        if not twin.state.is_finished():  # else it was paused before
-            self._memory.tell(twin.number, state=TrialState.PRUNED)
+        self._twin.pause(number)
 
     def go_on(self, number: int) -> None:
         """A paused trial runs again."""
@@ -256,22 +233,6 @@ class Ledger:
         self._ends.insert(index, (at, number))
         failed = state == TrialState.FAIL
         self._ended.insert(index, Tried(values=params, quality=quality, failed=failed, course=course))
-
-    def _learn_others(
-        self, first: FrozenTrial, others: Sequence[list[float]], excesses: Sequence[Mapping[str, float]] = ()
-    ) -> None:
-        """Add the other points of a trial to the twin, as trials with the same parameters."""
-        attrs = {key: value for key, value in first.system_attrs.items() if not key.startswith(CONSTRAINTS)}
-        for values, missed in zip(others, [*excesses, *[NONE_MISSED] * len(others)], strict=False):
-            constraints = {f"{CONSTRAINTS}:{name}": excess for name, excess in missed.items()}
-            self._memory.add_trial(
-                optuna.trial.create_trial(
-                    params=first.params,
-                    distributions=first.distributions,
-                    values=values,
-                    system_attrs={**attrs, **constraints},
-                )
-            )
 
     def ended_beside(self, known: Container[int]) -> Iterator[tuple[Proposal, TrialState, str]]:
         """Trials with an end and another number: their proposals, how they ended, and why if not complete."""
@@ -303,7 +264,7 @@ class Ledger:
                 break
             cost = self._acceptable(values)
             if cost is not None:
-                return self._accept(self._fixed(values), FRONTIER, cost)
+                return self._accept(self._twin.fixed(values), FRONTIER, cost)
             refused.append(values)
         return self._drawn(self._near(refused[-1] if refused else {}), "random")
 
@@ -312,19 +273,17 @@ class Ledger:
         finished = self.started - len(self._running)
         seed, startup = self.sweep.seed * 100_003 + number, min(10, max(2, finished))
         sampler = make_sampler(self.choice.sampler, seed, startup, conditional=self._conditional)
-        self._memory.sampler = sampler
         wanted: dict[str, Any] = {}
         for _ in range(ATTEMPTS):
-            trial = ask(self._memory, self.space, self.resolved.base)
+            trial = self._twin.asked(sampler)
             cost = self._acceptable(trial.params)
             if cost is not None:
                 return self._accept(trial, self.choice.sampler, cost)
             repaired = self._repaired(trial.params)
             if repaired is not None:
-                self._memory.tell(trial, state=TrialState.FAIL)
-                return self._accept(self._fixed(repaired[0]), self.choice.sampler, repaired[1], repaired=True)
-            # Samplers ignore failures: a repeated proposal is no worse than its first training was.
-            self._memory.tell(trial, state=TrialState.FAIL)
+                self._twin.refuse(trial)
+                return self._accept(self._twin.fixed(repaired[0]), self.choice.sampler, repaired[1], repaired=True)
+            self._twin.refuse(trial)
             if trial.params == wanted:  # as a sampler without chance does: gp, of what has failed
                 break
             wanted = trial.params
@@ -347,15 +306,11 @@ class Ledger:
         for values in wanted:
             cost = self._acceptable(values)
             if cost is not None:
-                return self._accept(self._fixed(values), source, cost)
+                return self._accept(self._twin.fixed(values), source, cost)
             repaired = self._repaired(values)
             if repaired is not None:
-                return self._accept(self._fixed(repaired[0]), source, repaired[1], repaired=True)
+                return self._accept(self._twin.fixed(repaired[0]), source, repaired[1], repaired=True)
         return None
-
-    def _fixed(self, values: Mapping[str, Any]) -> optuna.Trial:
-        self._memory.enqueue_trial(trimmed(self.resolved.base, values))
-        return ask(self._memory, self.space, self.resolved.base)
 
     def _cost(self, values: Mapping[str, Any]) -> Cost:
         """Relative to the base configuration's network, so that architectures compare."""
@@ -386,7 +341,7 @@ class Ledger:
         return cost
 
     def _accept(self, trial: optuna.Trial, source: str, cost: Cost, *, repaired: bool = False) -> Proposal:
-        twin = self._memory.get_trials(deepcopy=False)[trial.number]
+        twin = self._twin.frozen(trial)
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=twin.params,
@@ -394,12 +349,11 @@ class Ledger:
             user_attrs={"source": source, "repaired": repaired, **asdict(cost)},
             system_attrs=twin.system_attrs,
         )
-        if len(template.params) == len(self._shared):
-            template.distributions = self._shared
+        if len(template.params) == len(self._twin.shared):
+            template.distributions = self._twin.shared
         self._write(lambda: self._storage.create_new_trial(self._disk._study_id, template_trial=template))
-        self._write(lambda: copy_qmc_position(self._memory, self._disk))
-        number = self.started
-        self._twin[number] = trial.number
+        self._write(lambda: copy_qmc_position(self._twin.study, self._disk))
+        number = self._twin.accept(trial)
         self._seen[cost.digest] = number
         self._running[number] = dict(twin.params)
         tree = merged(self.resolved.base, twin.params)
@@ -407,21 +361,9 @@ class Ledger:
 
     def _remember(self, trial: FrozenTrial) -> None:
         """Take a trial of the study on disk into the twin."""
-        copy = optuna.trial.create_trial(
-            state=TrialState.PRUNED if trial.state == TrialState.FAIL else trial.state,
-            values=trial.values,
-            params=trial.params,
-            distributions=trial.distributions,
-            system_attrs=trial.system_attrs,
-        )
-        if trial.distributions == self._shared:
-            trial.distributions = copy.distributions = self._shared
-        self._memory.add_trial(copy)
-        self._twin[trial.number] = len(self._memory.get_trials(deepcopy=False)) - 1
+        self._twin.take_in(trial, *(trial.user_attrs.get(key, ()) for key in (OTHER_POINTS, OTHER_EXCESSES)))
         if trial.state == TrialState.RUNNING:
             self._running[trial.number] = trial.params
-        others = (trial.user_attrs.get(key, ()) for key in (OTHER_POINTS, OTHER_EXCESSES))
-        self._learn_others(copy, *others)
         self._seen[trial.user_attrs["digest"]] = trial.number
 
     def _proposal(self, trial: FrozenTrial) -> Proposal:

@@ -228,7 +228,7 @@ def test_a_trial_may_have_several_points(tmp_path: Path) -> None:
     again = open_book(folder, resolved)
     assert again.counts == book.counts
     for ledger in (book.ledger, again.ledger):  # the sampler learns the second point, too
-        learnt = [trial.values for trial in ledger._memory.get_trials(deepcopy=False) if trial.values]
+        learnt = [trial.values for trial in ledger._twin.study.get_trials(deepcopy=False) if trial.values]
         assert [values[0] for values in learnt] == [0.9, 0.7]
 
 

@@ -161,7 +161,7 @@ def test_what_only_training_tells_is_a_constraint_of_the_study(tmp_path: Path) -
     ledger.tell(first.number, TrialState.COMPLETE, [[0.45, 1e6, 1e3], [0.9, 2e6, 2e3]], "", missed)
     for each in (ledger, Ledger(folder, resolved)):
         assert each._disk.get_trials()[0].constraints == missed[0]
-        ended = [t.constraints for t in each._memory.get_trials() if t.state == TrialState.COMPLETE]
+        ended = [t.constraints for t in each._twin.study.get_trials() if t.state == TrialState.COMPLETE]
         assert ended == missed
     assert ledger.propose() is not None
 

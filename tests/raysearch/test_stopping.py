@@ -199,7 +199,7 @@ def test_the_sampler_hears_that_a_trial_is_paused_and_later_what_it_reached(tmp_
     went_on = promoted(folder) & {row["trial"] for row in book.rows if row["status"] == "complete"}
     assert went_on
     for number in went_on:
-        twins = [t for t in book.ledger._memory.get_trials() if t.params == book.ledger._disk.trials[number].params]
+        twins = [t for t in book.ledger._twin.study.get_trials() if t.params == book.ledger._disk.trials[number].params]
         assert [twin.state for twin in twins] == [TrialState.PRUNED, TrialState.COMPLETE]
         assert twins[1].values == book.ledger._disk.trials[number].values
 
