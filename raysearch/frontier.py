@@ -30,13 +30,13 @@ from raysearch.staircase import gains, staircase
 from trainables.cost import Layer
 
 QUALITIES = ("accuracy", "loss")
-PRICES = 128
+PRICES = 64
 """Of a ladder."""
-PARENTS = 16
+PARENTS = 8
 """Members of the front, those beside the widest gaps, whose neighbours are looked at."""
-PAIRS = 24
+PAIRS = 16
 """Random neighbours of each that differ in two widths."""
-POOL = 1024
+POOL = 512
 REFITS = 5
 """The model is fitted anew when the history has grown by one fifth at most."""
 PRIOR_PAIRS = 3

@@ -37,7 +37,7 @@ PRIORS = (
     (1.0, 0.0, 1.0),
 )
 """Widths of the priors of log s, of own lines' slopes and of own walks' steps, of which the results choose."""
-NOISE = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+NOISE = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """Standard deviations of what the sum leaves unexplained, as shares of that of all results."""
 OUTER = 4
 """Parameters of the formula outside of the sum: a, log c, log e0, log e1."""
@@ -47,11 +47,9 @@ MIDDLE = 5.0
 """Bits at which a parameter's noise is s_j 4^-b_j."""
 FLOORS, CEILINGS, SLOPES = np.array([1e-3, 0.1, 1.0, 10.0]), np.array([1e-3, 0.1, 1.0]), np.array([0.0, 0.7, 1.2])
 """e0, e1 and slopes of the shape from which the fit may start, where a typical sum is 1."""
-DOUBT = 1.5
-"""By how much better a start must fit that has not the first slope and the first e1, in units of the least misfit."""
-STEPS, CHOSEN = 12, (0, 2, 5)
+STEPS, CHOSEN = 9, (0, 3)
 """Gauss-Newton steps at most, and those of them that choose prior widths and noise anew."""
-UNSETTLED = 0.5
+UNSETTLED = 0.3
 """Noise of a step at least, as a share of the misfit before it: far from the optimum, the linearised model is wrong."""
 TRIES, SETTLED = 5, 0.5
 """Dampings of a step that are tried until it is an improvement, and how small an improvement is the last."""
@@ -220,53 +218,88 @@ def fit(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, kinds: Sequenc
         prior: guessed sensitivities up to a common factor, > 0, (parameters,).
         kinds: parameters of one kind may all be more sensitive than guessed; by default all are of one.
     """
-    spread = max(float(quality.std()), FLOOR)
-    widths, places = np.unique(bits, return_inverse=True)
-    formula = _Formula.of([0] * len(prior) if kinds is None else kinds, widths)
-    table = formula.features(widths)
-    features, columns, places = table[places].transpose(0, 2, 1), np.arange(len(prior)), places.reshape(bits.shape)
+    results = _Results(bits, quality, [0] * len(prior) if kinds is None else kinds)
+    optima = [_climbed(results, start) for start in _starts(results, np.log(prior))]
+    best = min(optima, key=lambda optimum: optimum.surprise)
+    known, pull, length = _residual(bits, quality - best.curve.heights, results.spread)
+    return LossModel(
+        formula=results.formula,
+        values=best.curve.values,
+        trust=best.own[0],
+        priors=results.formula.priors(results.spread, best.own),
+        rows=best.rows,
+        known=known,
+        pull=pull,
+        length=length,
+    )
 
-    def curve(values: np.ndarray) -> _Curve:
-        return _Curve(values, formula.noise(values, widths, table)[columns, places])
 
-    centre = _start(bits, quality, np.log(prior), spread, formula)
-    here, damping = curve(centre), 0.0
+class _Results:
+    """What was measured, and the features of its widths."""
+
+    def __init__(self, bits: np.ndarray, quality: np.ndarray, kinds: Sequence[int]) -> None:
+        self.bits, self.quality = bits, quality
+        self.spread = max(float(quality.std()), FLOOR)
+        self.widths, places = np.unique(bits, return_inverse=True)
+        self.formula = _Formula.of(kinds, self.widths)
+        self.table = self.formula.features(self.widths)
+        self.features = self.table[places.reshape(bits.shape)].transpose(0, 2, 1)
+        self.where = np.arange(bits.shape[1]), places.reshape(bits.shape)
+
+    def curve(self, values: np.ndarray) -> _Curve:
+        """At the results' widths."""
+        return _Curve(values, self.formula.noise(values, self.widths, self.table)[self.where])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Optimum:
+    """Where Gauss-Newton steps from one start have ended.
+
+    Attributes:
+        curve: there.
+        own: as chosen from `PRIORS`.
+        rows: as in `LossModel`.
+        surprise: twice the negative logarithm of the posterior for the noise that is left, up to a constant.
+    """
+
+    curve: _Curve
+    own: tuple[float, float, float]
+    rows: np.ndarray
+    surprise: float
+
+
+def _climbed(results: _Results, centre: np.ndarray) -> _Optimum:
+    """The maximum of the posterior that is reached from the prior's centre."""
+    formula, quality, spread = results.formula, results.quality, results.spread
+    here, damping = results.curve(centre), 0.0
     for step in range(STEPS):
-        misfit, slopes = quality - here.heights, here.slopes(formula.kinds, features)
+        misfit, slopes = quality - here.heights, here.slopes(formula.kinds, results.features)
         if step in CHOSEN:
             target = misfit + slopes @ (here.values - centre)  # of the linearised model, from the prior's centre
             own, least = _chosen(slopes, target, spread, formula)
             priors = formula.priors(spread, own)
             free = np.flatnonzero(priors)
             if here.values[priors == 0].any():  # they were free before
-                here = curve(np.where(priors > 0, here.values, centre))
-                misfit, slopes = quality - here.heights, here.slopes(formula.kinds, features)
+                here = results.curve(np.where(priors > 0, here.values, centre))
+                misfit, slopes = quality - here.heights, here.slopes(formula.kinds, results.features)
         noise = max(least, UNSETTLED * float(np.sqrt((misfit**2).mean())))
         rows, off = slopes[:, free] * (priors[free] / noise), (here.values - centre)[free] / priors[free]
         ridge, downhill = _Ridge(rows), rows.T @ (misfit / noise) - off
-        before = after = _objective(misfit / noise, off)
+        before = after = _squares(misfit / noise, off)
         for _ in range(TRIES):
             values = here.values.copy()
             values[free] += priors[free] * ridge.solved(downhill, 1 + damping)
-            there = curve(values)
-            after = _objective((quality - there.heights) / noise, (values - centre)[free] / priors[free])
+            there = results.curve(values)
+            after = _squares((quality - there.heights) / noise, (values - centre)[free] / priors[free])
             if after < before:
                 here, damping = there, damping / 10 if damping > 1 else 0.0
                 break
             damping = max(1.0, 10 * damping)
         if step >= CHOSEN[-1] and before - after < SETTLED:
             break
-    known, pull, length = _residual(bits, quality - here.heights, spread)
-    return LossModel(
-        formula=formula,
-        values=here.values,
-        trust=own[0],
-        priors=priors,
-        rows=rows,
-        known=known,
-        pull=pull,
-        length=length,
-    )
+    left = float(((quality - here.heights) ** 2).mean()) + (NOISE[0] * spread) ** 2
+    surprise = len(quality) * np.log(left) + _squares((here.values - centre)[free] / priors[free])
+    return _Optimum(curve=here, own=own, rows=rows, surprise=surprise)
 
 
 def guess(prior: np.ndarray) -> LossModel:
@@ -284,24 +317,31 @@ def guess(prior: np.ndarray) -> LossModel:
     )
 
 
-def _start(bits: np.ndarray, quality: np.ndarray, prior: np.ndarray, spread: float, formula: _Formula) -> np.ndarray:
-    """The best a and c for each of several e0, e1 and slopes; the prior's sensitivities are scaled to a sum of 1."""
+def _starts(results: _Results, prior: np.ndarray) -> list[np.ndarray]:
+    """The best a and c for the first slope and e1 and one of the e0; and those for any of them, if they fit better.
+
+    The prior's sensitivities are scaled to a typical sum of 1.
+    """
+    bits, quality, formula = results.bits, results.quality, results.formula
     sums = np.exp(prior - LOG4 * bits + SLOPES[:, None, None] * (bits - MIDDLE)).sum(axis=2)
     middles = np.exp(np.log(sums).mean(axis=1, keepdims=True))
     totals = FLOORS[:, None, None] + sums / middles
     logs = np.log(totals / (1 + CEILINGS[:, None, None, None] * totals))  # (ceilings, floors, slopes, n)
     centred = logs - logs.mean(axis=-1, keepdims=True)
-    scales = np.maximum(centred @ quality / np.maximum((centred**2).sum(axis=-1), FLOOR), 0.05 * spread)
+    scales = np.maximum(centred @ quality / np.maximum((centred**2).sum(axis=-1), FLOOR), 0.05 * results.spread)
     misfits = ((quality - quality.mean() - scales[..., None] * centred) ** 2).sum(axis=-1)
-    doubts = DOUBT * misfits.min() * ((SLOPES[0] != SLOPES) | (CEILINGS[0] != CEILINGS)[:, None, None])
-    best = np.unravel_index(int((misfits + doubts).argmin()), misfits.shape)
-    ceiling, floor, slope = (each[place] for each, place in zip((CEILINGS, FLOORS, SLOPES), best, strict=True))
-    values = np.zeros(formula.ends[-1])
-    offset = quality.mean() - scales[best] * logs[best].mean()
-    values[:OUTER] = offset, np.log(scales[best]), np.log(floor), np.log(ceiling)
-    values[OUTER + 1] = slope
-    values[slice(*formula.ends[1:3])] = prior - np.log(middles[best[2], 0])
-    return values
+    plain = 0, int(misfits[0, :, 0].argmin()), 0
+    best = np.unravel_index(int(misfits.argmin()), misfits.shape)
+    found = []
+    for place in dict.fromkeys([plain, tuple(map(int, best))]):
+        ceiling, floor, slope = (each[i] for each, i in zip((CEILINGS, FLOORS, SLOPES), place, strict=True))
+        values = np.zeros(formula.ends[-1])
+        offset = quality.mean() - scales[place] * logs[place].mean()
+        values[:OUTER] = offset, np.log(scales[place]), np.log(floor), np.log(ceiling)
+        values[OUTER + 1] = slope
+        values[slice(*formula.ends[1:3])] = prior - np.log(middles[place[2], 0])
+        found.append(values)
+    return found
 
 
 def _chosen(
@@ -338,9 +378,10 @@ class _Ridge:
         return (wanted - self.rows.T @ np.linalg.solve(inner, self.rows @ wanted)) / ridge
 
 
-def _objective(misfit: np.ndarray, off: np.ndarray) -> float:
-    """Twice the negative logarithm of the posterior, up to a constant; both in units of their standard deviations."""
-    return float(misfit @ misfit + off @ off)
+def _squares(*parts: np.ndarray) -> float:
+    """Their sum; of misfits and of what is off the prior's centre, both in units of their standard deviations, it is
+    twice the negative logarithm of the posterior, up to a constant."""
+    return float(sum(part @ part for part in parts))
 
 
 def _residual(bits: np.ndarray, residual: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
