@@ -13,7 +13,7 @@ Where to find what:
 
     the question      sweep, sweep_checks, asked_space, limits, resolve, seeds, knowledge, options, cli, commands/
     the space         space, networks, bit_layout, layer_sums
-    proposals         proposals, choice, frontier, loss_model, staircase, repair, samplers, ledger, twin
+    proposals         proposals, choice, frontier, loss_model, loss_formula, staircase, repair, samplers, ledger, twin
     early stopping    stopping, rungs
     the run           driver, book, records, keep, facts, errors, single, result
     Ray               connection, nodes, shipping, searcher, slots, group, worker

@@ -1,30 +1,21 @@
 """How a network's loss depends on its bits, from what trials returned: sensitivities, corrected as results come in.
 
-Rounding noise quarters with each bit, so a quality y (lower is better: loss, or 1 - accuracy) is modelled as
-
-    y = a + c log(t / (1 + e1 t)) + r(b),    t = e0 + sum_j s_j 4^-b_j exp(shape_j(b_j) + own_j(b_j))
-
-with a sensitivity s_j > 0 for each bit parameter. With a large e0 this is a sum of independent losses, with a small one
-their logarithm; e0 and e1 make it saturate at both ends, as accuracy does between that of the float network and chance.
-Where noise does not quarter, shape_j says how it falls for all parameters and for those of a kind, which may all be
-more sensitive than guessed, and own_j for one. Each is a line through width 5 and a random walk from width to width: a
-line is noise that falls by another factor, a step of the walk a width below which a layer fails.
-
-The s_j have a lognormal prior around what is known before training, lines and walks a normal one around 0, of widths
-that the results decide (marginal likelihood): sensitivities that fit are kept, wrong ones are forgotten, and the own_j
-stay 0 where nothing speaks for them. The maximum of the posterior is found by Gauss-Newton steps (Levenberg 1944), its
-curvature gives samples. r is a Gaussian process over the widths, for what no sum can say: interactions of layers.
+The model is the formula of `raysearch.loss_formula` plus r(b), a Gaussian process over the widths, for what no sum can
+say: interactions of layers. The s_j have a lognormal prior around what is known before training, lines and walks a
+normal one around 0, of widths that the results decide (marginal likelihood): sensitivities that fit are kept, wrong
+ones are forgotten, and the own_j stay 0 where nothing speaks for them. The maximum of the posterior is found by
+Gauss-Newton steps (Levenberg 1944), its curvature gives samples.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-LOG4 = np.log(4.0)
+from raysearch.loss_formula import LOG4, MIDDLE, OUTER, Curve, Formula
+
 PRIORS = (
     (0.03, 0.0, 0.0),
     (0.1, 0.0, 0.0),
@@ -39,12 +30,6 @@ PRIORS = (
 """Widths of the priors of log s, of own lines' slopes and of own walks' steps, of which the results choose."""
 NOISE = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """Standard deviations of what the sum leaves unexplained, as shares of that of all results."""
-OUTER = 4
-"""Parameters of the formula outside of the sum: a, log c, log e0, log e1."""
-SHAPE, KIND = (0.0, 0.3, 0.3), (1.0, 0.2, 0.0)
-"""Widths of the priors of height, slope and steps: of the shape that all share, and of that of a kind."""
-MIDDLE = 5.0
-"""Bits at which a parameter's noise is s_j 4^-b_j."""
 FLOORS, CEILINGS, SLOPES = np.array([1e-3, 0.1, 1.0, 10.0]), np.array([1e-3, 0.1, 1.0]), np.array([0.0, 0.7, 1.2])
 """e0, e1 and slopes of the shape from which the fit may start, where a typical sum is 1."""
 STEPS, CHOSEN = 9, (0, 3)
@@ -69,85 +54,6 @@ digits, so that the same sweep would propose otherwise on a machine with more co
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Formula:
-    """What the vector of all values means: a, log c, log e0, log e1; shapes; and of all parameters log s, lines, walks.
-
-    Attributes:
-        kinds: the shapes that each bit parameter has: 1 that of all, then those of its kind, (parameters, shapes).
-        edges, gaps: where walks have their steps, and the square roots of how far apart the widths beside them are.
-    """
-
-    kinds: np.ndarray
-    edges: np.ndarray
-    gaps: np.ndarray
-
-    @classmethod
-    def of(cls, kinds: Sequence[int], widths: np.ndarray) -> "_Formula":
-        """For each parameter's kind; a walk has a step between any two of these widths, which ascend."""
-        own = np.array(kinds)[:, None] == np.unique(kinds)
-        return cls(
-            kinds=np.column_stack([np.ones(len(kinds)), own]),
-            edges=(widths[:-1] + widths[1:]) / 2,
-            gaps=np.sqrt(np.diff(widths)),
-        )
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Where the vector's parts end: outer, shapes, log s, lines, walks."""
-        (count, shapes), steps = self.kinds.shape, len(self.edges)
-        return tuple(accumulate([OUTER, shapes * (2 + steps), count, count, count * steps]))
-
-    def priors(self, spread: float, own: tuple[float, float, float]) -> np.ndarray:
-        """Widths of the priors of all values, for those of log s, lines and walks."""
-        (count, shapes), steps = self.kinds.shape, len(self.edges)
-        outer = [10 * spread, 1.0, 3.0, 3.0]
-        parts = [SHAPE, *[KIND] * (shapes - 1)]
-        return np.concatenate(
-            [outer, *(np.repeat(part, [1, 1, steps]) for part in parts), np.repeat(own, [count, count, count * steps])]
-        )
-
-    def features(self, widths: np.ndarray) -> np.ndarray:
-        """1, the distance from the middle, and what lies beyond each step, (widths, features)."""
-        beyond = (widths[:, None] > self.edges).astype(float) - (self.edges < MIDDLE)
-        return np.column_stack([np.ones(len(widths)), widths - MIDDLE, self.gaps * beyond])
-
-    def noise(self, values: np.ndarray, widths: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """What each parameter adds to the sum at each of these widths, (parameters, widths)."""
-        count, shapes = self.kinds.shape
-        shape, own = values[OUTER : self.ends[1]], values[self.ends[1] :]
-        weights = own.reshape(-1, count).T + self.kinds @ shape.reshape(shapes, -1)
-        return np.exp(weights @ features.T - LOG4 * widths)
-
-
-class _Curve:
-    """The formula without r at rows of widths, for some values, and what it is made of.
-
-    Attributes:
-        terms: of the sum, (n, parameters).
-        total: t, (n,).
-        full: 1 + e1 t, (n,).
-        log: log(t / (1 + e1 t)), (n,).
-        heights: the curve, (n,).
-    """
-
-    def __init__(self, values: np.ndarray, terms: np.ndarray) -> None:
-        self.values, self.terms = values, terms
-        self.scale, self.floor, self.ceiling = np.exp(values[1:OUTER]).tolist()
-        self.total = self.floor + terms.sum(axis=1)
-        self.full = 1 + self.ceiling * self.total
-        self.log = np.log(self.total / self.full)
-        self.heights = values[0] + self.scale * self.log
-
-    def slopes(self, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """Derivatives by all values, (n, values); `features` are those of the rows, (n, features, parameters)."""
-        count, gain = len(self.terms), self.scale / (self.total * self.full)
-        own = (gain[:, None] * self.terms)[:, None, :] * features
-        outer = [np.ones(count), self.scale * self.log, gain * self.floor, -gain * self.ceiling * self.total**2]
-        shapes = (own @ kinds).transpose(0, 2, 1)
-        return np.concatenate([np.array(outer).T, shapes.reshape(count, -1), own.reshape(count, -1)], axis=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LossModel:
     """A fitted model.
 
@@ -162,7 +68,7 @@ class LossModel:
         length: length scale of the kernel in bits.
     """
 
-    formula: _Formula
+    formula: Formula
     values: np.ndarray
     trust: float
     priors: np.ndarray
@@ -187,7 +93,7 @@ class LossModel:
     def curve(self, bits: np.ndarray) -> np.ndarray:
         """The part that is a sum over parameters, (n,)."""
         table = self._table(int(bits.max(initial=1.0)))
-        return _Curve(self.values, table[np.arange(len(table)), bits.astype(int)]).heights
+        return Curve(self.values, table[np.arange(len(table)), bits.astype(int)]).heights
 
     def residual(self, bits: np.ndarray) -> np.ndarray:
         """r of each row of widths, (n,)."""
@@ -241,14 +147,14 @@ class _Results:
         self.bits, self.quality = bits, quality
         self.spread = max(float(quality.std()), FLOOR)
         self.widths, places = np.unique(bits, return_inverse=True)
-        self.formula = _Formula.of(kinds, self.widths)
+        self.formula = Formula.of(kinds, self.widths)
         self.table = self.formula.features(self.widths)
         self.features = self.table[places.reshape(bits.shape)].transpose(0, 2, 1)
         self.where = np.arange(bits.shape[1]), places.reshape(bits.shape)
 
-    def curve(self, values: np.ndarray) -> _Curve:
+    def curve(self, values: np.ndarray) -> Curve:
         """At the results' widths."""
-        return _Curve(values, self.formula.noise(values, self.widths, self.table)[self.where])
+        return Curve(values, self.formula.noise(values, self.widths, self.table)[self.where])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +168,7 @@ class _Optimum:
         surprise: twice the negative logarithm of the posterior for the noise that is left, up to a constant.
     """
 
-    curve: _Curve
+    curve: Curve
     own: tuple[float, float, float]
     rows: np.ndarray
     surprise: float
@@ -307,7 +213,7 @@ def guess(prior: np.ndarray) -> LossModel:
     count = len(prior)
     outer = [0.0, 0.0, np.log(FLOOR * prior.sum()), np.log(FLOOR / prior.sum())]
     return LossModel(
-        formula=_Formula(kinds=np.ones((count, 1)), edges=np.zeros(0), gaps=np.zeros(0)),
+        formula=Formula(kinds=np.ones((count, 1)), edges=np.zeros(0), gaps=np.zeros(0)),
         values=np.concatenate([outer, [0.0, 0.0], np.log(prior), np.zeros(count)]),
         trust=1.0,
         priors=np.concatenate([np.zeros(OUTER + 2), np.ones(count), np.zeros(count)]),
@@ -345,7 +251,7 @@ def _starts(results: _Results, prior: np.ndarray) -> list[np.ndarray]:
 
 
 def _chosen(
-    slopes: np.ndarray, target: np.ndarray, spread: float, formula: _Formula
+    slopes: np.ndarray, target: np.ndarray, spread: float, formula: Formula
 ) -> tuple[tuple[float, float, float], float]:
     """Prior widths and noise with the largest marginal likelihood of the last results of the linearised model."""
     known, wanted = slopes[-WEIGHED:], target[-WEIGHED:]

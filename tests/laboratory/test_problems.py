@@ -210,8 +210,8 @@ def test_curves_cross_and_are_those_of_the_configuration(name: str) -> None:
         ("untold", 200, 0.97, 32),
         ("strange", 200, 0.98, 32),
         ("mixed", 200, 0.97, 32),
-        ("straight", 200, 0.94, 32),
-        ("cliff", 200, 0.85, 32),
+        ("straight", 200, 0.97, 32),
+        ("cliff", 200, 0.88, 32),
     ],
 )
 def test_the_default_proposer_reaches_its_bars(name: str, trials: int, bar: float, concurrent: int) -> None:
