@@ -41,8 +41,8 @@ REFITS = 5
 """The model is fitted anew when the history has grown by one fifth at most."""
 PRIOR_PAIRS = 3
 """How many pairs the belief that all trainings gain the same from a rung to the end is worth."""
-FEWEST = 2
-"""Results before the model is fitted."""
+FEWEST = 4
+"""Results before the model is fitted; with fewer, what is believed beforehand is as good."""
 WIDENED = 8
 """How often the pool is widened by neighbours when all of it is taken."""
 

@@ -218,6 +218,34 @@ def cliff(seed: int) -> Tables:
     )
 
 
+def activations(seed: int) -> Tables:
+    """Twenty layers of a saturating error, a hundred times as sensitive to their activations as to their weights."""
+    generator = np.random.default_rng([8, seed])
+    noise = 4.0 ** -np.array(WIDTHS, dtype=float)
+    terms = [np.add.outer(*np.outer(generator.lognormal(0.0, 1.0, 2) * (1, 100), noise)) for _ in range(20)]
+    return Tables(
+        layers=layers_of(1e6 * generator.lognormal(0.0, 1.0, 20)),
+        widths=[(WIDTHS, WIDTHS)] * 20,
+        terms=terms,
+        outer=lambda total: 0.08 - 0.82 * np.expm1(-total / 8),
+        scale=ERROR_SCALE,
+    )
+
+
+def bumpy(seed: int) -> Tables:
+    """Twenty layers, a third of whose parameters have a narrow width that is as good as their widest."""
+    generator = np.random.default_rng([9, seed])
+    noise = np.outer(generator.lognormal(0.0, 1.3, 40), 4.0 ** -np.array(WIDTHS, dtype=float))
+    lucky = np.flatnonzero(generator.random(40) < 1 / 3)
+    noise[lucky, generator.integers(0, 4, len(lucky))] = noise[lucky, -1] * generator.uniform(0.5, 2.0, len(lucky))
+    return Tables(
+        layers=layers_of(1e6 * generator.lognormal(0.0, 1.0, 20)),
+        widths=[(WIDTHS, WIDTHS)] * 20,
+        terms=[np.add.outer(*pair) for pair in noise.reshape(20, 2, -1)],
+        outer=np.log10,
+    )
+
+
 CURVES = {
     "parallel": Fidelity(),
     "noisy": Fidelity(noise=0.1),
@@ -241,6 +269,8 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "mixed": mixed,
     "straight": straight,
     "cliff": cliff,
+    "activations": activations,
+    "bumpy": bumpy,
 }
 
 

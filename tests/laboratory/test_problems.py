@@ -212,6 +212,8 @@ def test_curves_cross_and_are_those_of_the_configuration(name: str) -> None:
         ("mixed", 200, 0.97, 32),
         ("straight", 200, 0.97, 32),
         ("cliff", 200, 0.88, 32),
+        ("activations", 200, 0.95, 32),
+        ("bumpy", 200, 0.90, 32),
     ],
 )
 def test_the_default_proposer_reaches_its_bars(name: str, trials: int, bar: float, concurrent: int) -> None:

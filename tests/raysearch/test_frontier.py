@@ -114,6 +114,29 @@ def test_a_proposal_depends_on_seed_and_history_alone() -> None:
         assert warm.propose(history[:ended], pending, 7) == again
 
 
+@pytest.mark.parametrize("name", ["noise 1", "cliff"])
+def test_nothing_is_proposed_that_is_expected_to_be_dominated_by_what_is_known(name: str) -> None:
+    problem = PROBLEMS[name](0)
+    sweep = Default(problem, 0)
+
+    def check(values: Mapping[str, Any]) -> None:
+        row = np.array([[values[address] for address in problem.space]])
+        frontier, blend = sweep.frontier, {"bops": 1.0}
+        cheaper = frontier.layout.cost(blend, frontier._bits) <= frontier.layout.cost(blend, row)
+        assert not (cheaper & (frontier._qualities(sweep.history) <= frontier._model.predict(row))).any()
+
+    class Checked:
+        tell = staticmethod(sweep.tell)
+
+        def ask(self) -> dict[str, Any] | None:
+            values = sweep.ask()
+            if values is not None and not sweep.anchors and sweep.history:
+                check(values)
+            return values
+
+    assert len(simulate(problem, Checked(), trials=100, concurrent=32)) == 100
+
+
 def test_what_was_refused_is_not_proposed_again() -> None:
     frontier = Frontier(all_layers.space(LAYERS), LAYERS, BOTH)
     _, history = searched(frontier, 20)
