@@ -93,7 +93,8 @@ class LossModel:
     def curve(self, bits: np.ndarray) -> np.ndarray:
         """The part that is a sum over parameters, (n,)."""
         table = self._table(int(bits.max(initial=1.0)))
-        return Curve(self.values, table[np.arange(len(table)), bits.astype(int)]).heights
+        places = bits.astype(np.intp) + table.shape[1] * np.arange(len(table))
+        return Curve(self.values, table.ravel().take(places)).heights
 
     def residual(self, bits: np.ndarray) -> np.ndarray:
         """r of each row of widths, (n,)."""
