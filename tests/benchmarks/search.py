@@ -70,7 +70,7 @@ def table(given: argparse.Namespace) -> dict[tuple[str, str, int], list[float]]:
     """Print hypervolume over budget; shares of all seeds by problem, sampler and budget."""
     found: dict[tuple[str, str, int], list[float]] = {}
     budgets = [budget for budget in BUDGETS if budget <= given.trials]
-    print(f"{'problem':9} {'sampler':8}" + "".join(f"{budget:>20}" for budget in budgets) + "  waste repeats s/sweep")
+    print(f"{'problem':11} {'sampler':8}" + "".join(f"{budget:>20}" for budget in budgets) + "  waste repeats s/sweep")
     for name in given.problems.split(","):
         problems = [problem_named(name, seed) for seed in range(given.seeds)]
         for sampler in given.samplers.split(","):
@@ -81,7 +81,7 @@ def table(given: argparse.Namespace) -> dict[tuple[str, str, int], list[float]]:
             cells = "".join(cell(found[name, sampler, budget]) for budget in budgets)
             means = [statistics.mean(s.wasted for s in sweeps), statistics.mean(s.repeated for s in sweeps)]
             seconds = (time.process_time() - began) / given.seeds
-            print(f"{name:9} {sampler:8}{cells} {means[0]:6.1%} {means[1]:7.1%} {seconds:7.2f}", flush=True)
+            print(f"{name:11} {sampler:8}{cells} {means[0]:6.1%} {means[1]:7.1%} {seconds:7.2f}", flush=True)
     return found
 
 
