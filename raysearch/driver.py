@@ -84,7 +84,7 @@ def run(
 
 
 def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
-    """Go on with an interrupted sweep; a finished one only completes its MLflow mirror.
+    """Go on with an interrupted sweep; a finished one only completes its MLflow mirror, and its watcher hears nothing.
 
     Raises:
         RecordError: no run folder.
@@ -99,11 +99,10 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     sweep = Sweep.from_tree(described["sweep"])
     check_files(described.get("files", {}))
     with locked(folder):
-        resolved = resolve(sweep, read(described["space"]))
         over = _records_if_over(folder)
         if over is not None:
-            (watcher or Watcher()).started(folder, resolved)
             return _outcome(folder, mirror_rest(folder.path, sweep.mlflow_uri, MIRROR_WAIT_S), over)
+        resolved = resolve(sweep, read(described["space"]))
         _load_data(resolved)
         with ray_for(resolved.sweep) as joined:
             capacity = survey(resolved.sweep, folder.path, _data_root(sweep), joined)

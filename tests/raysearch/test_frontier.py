@@ -117,7 +117,7 @@ def test_a_proposal_depends_on_seed_and_history_alone() -> None:
 @pytest.mark.parametrize("name", ["noise 1", "cliff"])
 def test_nothing_is_proposed_that_is_expected_to_be_dominated_by_what_is_known(name: str) -> None:
     problem = PROBLEMS[name](0)
-    sweep = Default(problem, 0)
+    sweep, checked = Default(problem, 0), []
 
     def check(values: Mapping[str, Any]) -> None:
         row = np.array([[values[address] for address in problem.space]])
@@ -132,9 +132,11 @@ def test_nothing_is_proposed_that_is_expected_to_be_dominated_by_what_is_known(n
             values = sweep.ask()
             if values is not None and not sweep.anchors and sweep.history:
                 check(values)
+                checked.append(values)
             return values
 
     assert len(simulate(problem, Checked(), trials=100, concurrent=32)) == 100
+    assert len(checked) > 60
 
 
 def test_what_was_refused_is_not_proposed_again() -> None:
