@@ -19,6 +19,7 @@ from trainables import modules
 from trainables.cost import FLOAT_BITS
 from trainables.encoding import MOST_BITS, Encoding, codes_of
 from trainables.errors import ConfigError
+from trainables.layouts import forget_layout
 
 
 class Rounded(modules.Quantizer):
@@ -206,6 +207,8 @@ def at_this_point(model: nn.Module) -> nn.Module:
             modules.put(twin, name, module.plain().eval())
     for _, layer in modules.quantized_layers(twin):
         layer._modules.pop("bias_quantizer", None)  # the bias holds what it makes
+        if isinstance(layer, modules.QuantizedConv2d):
+            forget_layout(layer)
     return twin
 
 

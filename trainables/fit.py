@@ -26,6 +26,7 @@ from trainables.errors import ConfigError, DivergedError
 from trainables.inherit import Inherited, inherit
 from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
+from trainables.layouts import lay_out
 from trainables.measures import IMAGES, Measure, known
 from trainables.method import Method, Point
 from trainables.optimizers import Optimizers
@@ -131,7 +132,7 @@ class Session:
         self.method = self._method()
         self.method.prepare(self.model, self.table, self.bits)
         shared_norm.share(self.model)
-        self.model.to(self.device).to(memory_format=torch.channels_last)
+        lay_out(self.model, self.table, self.device)
         self.fixed: Point | None = None
         if self.precision == torch.bfloat16:
             modules.keep_float32(self.model)

@@ -124,10 +124,15 @@ def _take(new: "QuantizedLayer", layer: nn.Module, weights: Quantizer, inputs: Q
 
 
 class QuantizedConv2d(nn.Conv2d):
-    """A convolution whose input and weights are quantized; bias and accumulation stay float."""
+    """A convolution whose input and weights are quantized; bias and accumulation stay float.
+
+    Attributes:
+        default_layout: whether it trains in torch's default memory layout among channels-last tensors (`layouts`).
+    """
 
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
+    default_layout = False
 
     def __init__(self, layer: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
         nn.Conv2d.__init__(
@@ -150,6 +155,12 @@ class QuantizedConv2d(nn.Conv2d):
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not (self.default_layout and self.training):
+            return super()._conv_forward(x, weight, bias)
+        made = super()._conv_forward(x.contiguous(), weight.contiguous(), bias)
+        return made.contiguous(memory_format=torch.channels_last)
 
 
 class QuantizedLinear(nn.Linear):

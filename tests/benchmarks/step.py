@@ -4,9 +4,9 @@
         [--bits 2,4,8] [--set method/ADDRESS=VALUE ...] [--layout contiguous]
 
 All variants take turns within each round, so a busy machine slows them alike. The table gives medians of CPU time and
-two ratios: to the plain float step, and to the float step in the memory layout of the quantized ones. That is channels
-last, as in the training loop, unless `--layout contiguous` asks for torch's default. Brevitas, in torch's default
-layout, joins when it is installed (`pip install ".[benchmarks]"`).
+two ratios: to the plain float step, and to the float step in the memory layout of the quantized ones. That is the
+training loop's (`trainables.layouts`; the float step: channels last), unless `--layout contiguous` asks for torch's
+default. Brevitas, in torch's default layout, joins when it is installed (`pip install ".[benchmarks]"`).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from trainables.config import merged, parse
 from trainables.cost import LayerTable
 from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
+from trainables.layouts import lay_out
 from trainables.optimizers import Optimizers
 from trainables.step import training_step
 
@@ -69,7 +70,8 @@ def quantized_step(
     plugin = plugins.attribute("methods", config.method.name, "Method")
     method = plugin(plugin.Settings(**config.method.settings))
     method.prepare(model, table, resolve_bits(config, table))
-    model.to(memory_format=layout)
+    if layout == torch.channels_last:
+        lay_out(model, table, torch.device("cpu"))
     method.calibrate(model, images)
     model.train()
     optimizers = Optimizers(method.groups(model), config.optimizer)

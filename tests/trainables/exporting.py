@@ -14,6 +14,7 @@ from trainables.cost import LayerTable, size_bytes
 from trainables.fit import Session
 from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
+from trainables.layouts import lay_out
 from trainables.method import Method, Point
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ class Exported:
         plugin = plugins.attribute("methods", self.config.method.name, "Method")
         self.method: Method = plugin(plugin.Settings(**self.config.method.settings))
         self.method.prepare(self.model, self.table, resolve_bits(self.config, self.table))
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(self.model, self.table, torch.device("cpu"))
         images = self.noise(16) if start is None else digits()[:64]
         self.method.calibrate(self.model, images)
         if start is None:

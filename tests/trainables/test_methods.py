@@ -19,6 +19,7 @@ from trainables.build import build_model
 from trainables.config import Optimizer, parse
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Bits, Layer, LayerBits, LayerTable, bops, payload_bytes, uniform
 from trainables.layers import trace
+from trainables.layouts import lay_out
 from trainables.method import Method, is_quantizer_parameter
 from trainables.methods.lsq import LearnedScale
 from trainables.optimizers import Optimizers
@@ -111,7 +112,7 @@ def prepared(method: str, network: str, width: int = 4, **settings: Any) -> Tria
             module.p = 0.0
     bits = {} if method == "float" else asked(instance, table, width, max(2, width - 1))
     instance.prepare(model, table, bits)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lay_out(model, table, torch.device("cpu"))
     images, labels = batch(network)
     images = images.contiguous(memory_format=torch.channels_last)
     torch.manual_seed(0)  # of noise that a method draws

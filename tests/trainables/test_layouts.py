@@ -1,0 +1,119 @@
+"""How tensors lie in memory: which weights stay in torch's default layout, and that no result depends on it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.trainables.exporting import Exported
+from trainables import plugins
+from trainables.cost import LayerBits, LayerTable
+from trainables.layers import trace
+from trainables.layouts import lay_out
+from trainables.method import Method
+from trainables.packed import load_packed
+from trainables.packed_writer import save_packed
+
+CHANNELS_LAST = torch.channels_last
+SHAPE = (256, 8, 8)
+
+
+class Network(nn.Module):
+    """A convolution on maps of 8 x 8, one that makes maps of 4 x 4, and a block of two on those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(256, 128, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(128)
+        self.down = nn.Conv2d(128, 256, 3, stride=2, padding=1)
+        self.heavy = nn.Conv2d(256, 256, 3, padding=1)
+        self.pointwise = nn.Conv2d(256, 1024, 1)
+        self.classifier = nn.Linear(1024, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        read = torch.relu(self.norm(self.wide(images)))
+        read = torch.relu(self.down(read))
+        read = read + torch.relu(self.heavy(read))
+        return self.classifier(torch.relu(self.pointwise(read)).mean((2, 3)))
+
+
+def prepared(device: str = "cpu", method: str = "lsq") -> tuple[Method, Any, LayerTable]:
+    torch.manual_seed(0)
+    model = Network()
+    table = trace(model, SHAPE)
+    plugin = plugins.attribute("methods", method, "Method")
+    instance = plugin(plugin.Settings())
+    instance.prepare(model, table, {row.name: LayerBits(weight=4, activation=4) for row in table.layers})
+    lay_out(model, table, torch.device(device))
+    return instance, model, table
+
+
+def default_layout(model: nn.Module) -> set[str]:
+    return {
+        name.removesuffix(".weight")
+        for name, weight in model.named_parameters()
+        if weight.dim() == 4 and not weight.is_contiguous(memory_format=CHANNELS_LAST)
+    }
+
+
+def test_convolutions_with_many_weights_on_small_maps_keep_the_default_layout():
+    assert default_layout(prepared()[1]) == {"down", "heavy"}  # not `wide`, on a large map, and 1 x 1 is both
+
+
+def test_on_other_devices_everything_is_channels_last():
+    assert default_layout(prepared("meta")[1]) == set()
+
+
+def images_and_labels() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, *SHAPE, generator=generator, dtype=torch.float64)
+    return images.contiguous(memory_format=CHANNELS_LAST), torch.randint(0, 10, (4,), generator=generator)
+
+
+def order(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("method", ["lsq", "n2uq", "double_rounding"])
+def test_a_training_step_gives_the_gradients_of_channels_last(method: str):
+    images, labels = images_and_labels()
+    (instance, mixed, _), (other, plain, _) = prepared(method=method), prepared(method=method)
+    plain.to(memory_format=CHANNELS_LAST)
+    for method_of_it, model in ((instance, mixed.double()), (other, plain.double())):
+        method_of_it.calibrate(model, images)
+        model.train()
+        for loss in method_of_it.losses(model, images, labels):
+            loss.backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in mixed.named_parameters():
+        expected = gradients[name].grad
+        assert (parameter.grad is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+            assert order(parameter.grad) == order(parameter)  # torch's fused optimizers rely on it
+
+
+def test_what_a_heavy_convolution_makes_is_channels_last_again():
+    instance, model, _ = prepared()
+    images, labels = images_and_labels()
+    instance.calibrate(model, images.float())
+    made: list[Tensor] = []
+    model.heavy.register_forward_hook(lambda layer, inputs, output: made.append(output))
+    model.train()(images.float())
+    model.eval()(images.float())
+    assert all(output.is_contiguous(memory_format=CHANNELS_LAST) for output in made)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("method", ["lsq", "sat", "n2uq"])
+def test_a_packed_network_of_any_layout_has_the_size_and_the_logits_of_the_trained_one(method: str, tmp_path: Path):
+    network = Exported({"method": method, "model": "resnet18", "data": "cifar10"}, {})
+    assert "layer4.1.conv2" in default_layout(network.model)
+    path = tmp_path / "network.safetensors"
+    save_packed(path, network.model, network.config)
+    assert path.stat().st_size == network.size_bytes
+    images = network.noise(17)
+    torch.testing.assert_close(load_packed(path)(images), network.logits(images), rtol=0, atol=1e-4)
