@@ -9,7 +9,8 @@ Where to find what:
     data and models   data/, splits, in_memory, image_files, parquet_files, models/
     layers and costs  layers, dataflow, cost, measures, latency
     quantization      methods/, method, quantize, encoding, modules, shared_norm
-    training          fit, step, optimizers, layouts, teachers, modes, world, start, inherit, checkpoint, storage
+    training          fit, step, optimizers, teachers, modes, world, start, inherit, checkpoint, storage
+    memory layout     layouts, heavy_convolution
     sensitivity       sensitivity, layer_profile, curvature, probed_layers
     shared weights    supernet, prefix
     export            coded, bit_packing, packed, packed_header, packed_network, packed_writer, program_file,

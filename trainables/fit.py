@@ -132,7 +132,7 @@ class Session:
         self.method = self._method()
         self.method.prepare(self.model, self.table, self.bits)
         shared_norm.share(self.model)
-        lay_out(self.model, self.table, self.device)
+        lay_out(self.model, self.device)
         self.fixed: Point | None = None
         if self.precision == torch.bfloat16:
             modules.keep_float32(self.model)

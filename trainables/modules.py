@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainables import heavy_convolution
 from trainables.cost import Layer
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
@@ -127,12 +128,12 @@ class QuantizedConv2d(nn.Conv2d):
     """A convolution whose input and weights are quantized; bias and accumulation stay float.
 
     Attributes:
-        default_layout: whether it trains in torch's default memory layout among channels-last tensors (`layouts`).
+        heavy: whether it has many weights for its work, and trains in another way for it (`heavy_convolution`).
     """
 
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
-    default_layout = False
+    heavy = False
 
     def __init__(self, layer: nn.Conv2d, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
         nn.Conv2d.__init__(
@@ -157,10 +158,9 @@ class QuantizedConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.default_layout and self.training):
-            return super()._conv_forward(x, weight, bias)
-        made = super()._conv_forward(x.contiguous(), weight.contiguous(), bias)
-        return made.contiguous(memory_format=torch.channels_last)
+        if self.heavy and self.training and x.is_cpu:
+            return heavy_convolution.convolve(self, x, weight, bias)
+        return super()._conv_forward(x, weight, bias)
 
 
 class QuantizedLinear(nn.Linear):
@@ -195,6 +195,7 @@ def replace(
     new: QuantizedLayer
     if isinstance(layer, nn.Conv2d):
         new = QuantizedConv2d(layer, weight_quantizer, input_quantizer)
+        new.heavy = heavy_convolution.is_heavy(row, layer)
     elif isinstance(layer, nn.Linear):
         new = QuantizedLinear(layer, weight_quantizer, input_quantizer)
     else:

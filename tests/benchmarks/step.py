@@ -71,7 +71,7 @@ def quantized_step(
     method = plugin(plugin.Settings(**config.method.settings))
     method.prepare(model, table, resolve_bits(config, table))
     if layout == torch.channels_last:
-        lay_out(model, table, torch.device("cpu"))
+        lay_out(model, torch.device("cpu"))
     method.calibrate(model, images)
     model.train()
     optimizers = Optimizers(method.groups(model), config.optimizer)

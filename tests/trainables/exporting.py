@@ -59,7 +59,7 @@ class Exported:
         plugin = plugins.attribute("methods", self.config.method.name, "Method")
         self.method: Method = plugin(plugin.Settings(**self.config.method.settings))
         self.method.prepare(self.model, self.table, resolve_bits(self.config, self.table))
-        lay_out(self.model, self.table, torch.device("cpu"))
+        lay_out(self.model, torch.device("cpu"))
         images = self.noise(16) if start is None else digits()[:64]
         self.method.calibrate(self.model, images)
         if start is None:

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.trainables.exporting import Exported
 from trainables import plugins
-from trainables.cost import LayerBits, LayerTable
+from trainables.cost import LayerBits
+from trainables.heavy_convolution import convolve
 from trainables.layers import trace
 from trainables.layouts import lay_out
 from trainables.method import Method
@@ -40,15 +43,15 @@ class Network(nn.Module):
         return self.classifier(torch.relu(self.pointwise(read)).mean((2, 3)))
 
 
-def prepared(device: str = "cpu", method: str = "lsq") -> tuple[Method, Any, LayerTable]:
+def prepared(device: str = "cpu", method: str = "lsq") -> tuple[Method, Any]:
     torch.manual_seed(0)
     model = Network()
     table = trace(model, SHAPE)
     plugin = plugins.attribute("methods", method, "Method")
     instance = plugin(plugin.Settings())
     instance.prepare(model, table, {row.name: LayerBits(weight=4, activation=4) for row in table.layers})
-    lay_out(model, table, torch.device(device))
-    return instance, model, table
+    lay_out(model, torch.device(device))
+    return instance, model
 
 
 def default_layout(model: nn.Module) -> set[str]:
@@ -67,20 +70,21 @@ def test_on_other_devices_everything_is_channels_last():
     assert default_layout(prepared("meta")[1]) == set()
 
 
-def images_and_labels() -> tuple[Tensor, Tensor]:
+def images_and_labels(count: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, *SHAPE, generator=generator, dtype=torch.float64)
-    return images.contiguous(memory_format=CHANNELS_LAST), torch.randint(0, 10, (4,), generator=generator)
+    images = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    return images.contiguous(memory_format=CHANNELS_LAST), torch.randint(0, 10, (count,), generator=generator)
 
 
 def order(tensor: Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
+@pytest.mark.parametrize("count", [2, 3])  # 32 positions of a map of 4 x 4, and more
 @pytest.mark.parametrize("method", ["lsq", "n2uq", "double_rounding"])
-def test_a_training_step_gives_the_gradients_of_channels_last(method: str):
-    images, labels = images_and_labels()
-    (instance, mixed, _), (other, plain, _) = prepared(method=method), prepared(method=method)
+def test_a_training_step_gives_the_gradients_of_channels_last(method: str, count: int):
+    images, labels = images_and_labels(count)
+    (instance, mixed), (other, plain) = prepared(method=method), prepared(method=method)
     plain.to(memory_format=CHANNELS_LAST)
     for method_of_it, model in ((instance, mixed.double()), (other, plain.double())):
         method_of_it.calibrate(model, images)
@@ -97,8 +101,8 @@ def test_a_training_step_gives_the_gradients_of_channels_last(method: str):
 
 
 def test_what_a_heavy_convolution_makes_is_channels_last_again():
-    instance, model, _ = prepared()
-    images, labels = images_and_labels()
+    instance, model = prepared()
+    images, _ = images_and_labels()
     instance.calibrate(model, images.float())
     made: list[Tensor] = []
     model.heavy.register_forward_hook(lambda layer, inputs, output: made.append(output))
@@ -117,3 +121,30 @@ def test_a_packed_network_of_any_layout_has_the_size_and_the_logits_of_the_train
     assert path.stat().st_size == network.size_bytes
     images = network.noise(17)
     torch.testing.assert_close(load_packed(path)(images), network.logits(images), rtol=0, atol=1e-4)
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(0, 2)),
+    st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    st.booleans(),
+    st.sampled_from([torch.contiguous_format, CHANNELS_LAST]),
+)
+def test_a_heavy_convolution_is_a_convolution(maps, kernel, stride, padding, dilation, bias, layout):  # type: ignore[no-untyped-def]
+    assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(maps[1:], padding, dilation, kernel, strict=True)))
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, kernel, stride, padding, dilation, bias=bias).double()
+    x = torch.randn(maps[0], 3, *maps[1:], dtype=torch.float64).contiguous(memory_format=layout)
+    x.requires_grad_()
+    inputs = [x, *layer.parameters()]
+    expected = layer(x)
+    made = convolve(layer, x, layer.weight, layer.bias)
+    torch.testing.assert_close(made, expected)
+    assert made.is_contiguous(memory_format=layout) or x.is_contiguous()
+    g = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(made, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)

@@ -112,7 +112,7 @@ def prepared(method: str, network: str, width: int = 4, **settings: Any) -> Tria
             module.p = 0.0
     bits = {} if method == "float" else asked(instance, table, width, max(2, width - 1))
     instance.prepare(model, table, bits)
-    lay_out(model, table, torch.device("cpu"))
+    lay_out(model, torch.device("cpu"))
     images, labels = batch(network)
     images = images.contiguous(memory_format=torch.channels_last)
     torch.manual_seed(0)  # of noise that a method draws
