@@ -12,14 +12,12 @@ Heavy libraries are imported where they are used, so that `raysearch --help` is 
 Where to find what:
 
     the question      sweep, sweep_checks, asked_space, limits, resolve, seeds, knowledge, options, cli, commands/
-    the space         space, networks, bit_layout, layer_sums
-    proposals         proposals, choice, frontier, loss_model, loss_formula, staircase, repair, samplers, ledger, twin
-    early stopping    stopping, rungs
+    what to try       search/
     the run           driver, book, records, keep, facts, errors, single, result
-    Ray               connection, nodes, shipping, searcher, slots, group, worker
+    Ray               cluster/
     sensitivity       sensitivities
-    shared weights    supernet, supernet_question, mixtures, mixture_loop, evaluators, finetune
-    MLflow            tracking, mlflow_session, mlflow_entries, mlflow_links, registry, registered_model, pages
+    shared weights    shared_weights/
+    MLflow            tracking, mirror/, registered_model
     for people        watching, progress, overview, reporting, importance, repeat
 """
 

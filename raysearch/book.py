@@ -16,10 +16,10 @@ from optuna.trial import TrialState
 from analysis.front import Front
 from raysearch.errors import RecordError
 from raysearch.keep import Keeper
-from raysearch.ledger import Ledger, Proposal
 from raysearch.limits import broken, excesses
 from raysearch.records import SCHEMA, Log, RunFolder, complete_trials, read_trials
-from raysearch.stopping import stopper_of
+from raysearch.search.ledger import Ledger, Proposal
+from raysearch.search.stopping import stopper_of
 from trainables import checkpoint
 from trainables.build import layer_table
 from trainables.config import parse

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from raysearch import facts
 from raysearch.asked_space import read, written
-from raysearch.connection import ray_for
+from raysearch.cluster.connection import ray_for
+from raysearch.cluster.nodes import Capacity, survey
 from raysearch.errors import RecordError, SweepError, TrialError
-from raysearch.nodes import Capacity, survey
 from raysearch.records import SCHEMA, RunFolder, complete_trials, write_json
 from raysearch.resolve import check_files, files_of, resolve
 from raysearch.seeds import Seeds
@@ -31,8 +31,8 @@ from raysearch.sweep import Resolved, Sweep, default_name, default_out
 
 if TYPE_CHECKING:
     from raysearch.book import Book
-    from raysearch.ledger import Proposal
     from raysearch.result import Result
+    from raysearch.search.ledger import Proposal
     from raysearch.tracking import Status
 
 MIRROR_WAIT_S = 60.0
@@ -95,7 +95,9 @@ def resume(path: str | Path, *, watcher: Watcher | None = None) -> "Result":
     folder = RunFolder(Path(path))
     described = folder.read_sweep()
     if "search" in described:
-        raise RecordError(f"{path} is a search on shared weights: raysearch.supernet.resume goes on with it")
+        raise RecordError(
+            f"{path} is a search on shared weights: raysearch.shared_weights.supernet.resume goes on with it"
+        )
     sweep = Sweep.from_tree(described["sweep"])
     check_files(described.get("files", {}))
     with locked(folder):
@@ -205,7 +207,7 @@ def _uses_group(sweep: Sweep, gpus_per_worker: float) -> bool:
 
 def _drive(folder: RunFolder, resolved: Resolved, capacity: Capacity, watcher: Watcher) -> "Result":
     from raysearch.book import Book
-    from raysearch.ledger import Ledger
+    from raysearch.search.ledger import Ledger
     from raysearch.tracking import start_mirror
 
     with _groups(folder, resolved.sweep, capacity) as groups:
@@ -253,7 +255,7 @@ def _groups(folder: RunFolder, sweep: Sweep, capacity: Capacity) -> Iterator[lis
 
     They are started first of all: that takes longest.
     """
-    from raysearch.group import Group
+    from raysearch.cluster.group import Group
 
     if not _uses_group(sweep, capacity.gpus) or folder.end.exists():
         yield []
@@ -285,10 +287,10 @@ def _tune(
 ) -> None:
     from ray import tune
 
-    from raysearch.group import drop_job
-    from raysearch.searcher import Forget, LedgerSearcher, RungScheduler
-    from raysearch.slots import GroupSlot, InlineSlot, Watchdog
-    from raysearch.worker import make_job
+    from raysearch.cluster.group import drop_job
+    from raysearch.cluster.searcher import Forget, LedgerSearcher, RungScheduler
+    from raysearch.cluster.slots import GroupSlot, InlineSlot, Watchdog
+    from raysearch.cluster.worker import make_job
     from trainables.measures import travelling
 
     sweep = resolved.sweep

@@ -19,10 +19,10 @@ import numpy as np
 
 from raysearch.errors import SweepError
 from raysearch.limits import limits_of
-from raysearch.networks import configured, layers_of
-from raysearch.proposals import choices, contains, cost_of
 from raysearch.resolve import resolve
 from raysearch.result import Result
+from raysearch.search.networks import configured, layers_of
+from raysearch.search.proposals import choices, contains, cost_of
 from raysearch.seeds import Seeds, proposed
 from raysearch.sweep import Resolved, Sweep
 from trainables.build import layer_table
@@ -162,8 +162,8 @@ def counterpart(layer: Layer, layers: Sequence[Layer], others: Sequence[Layer]) 
 
 def _sensitivities(rows: Sequence[Mapping[str, Any]], resolved: Resolved) -> dict[str, float]:
     """Of the space's bit parameters, from a loss model fitted to all trials of a sweep of the same network."""
-    from raysearch.bit_layout import BitLayout
-    from raysearch.loss_model import fit
+    from raysearch.search.bit_layout import BitLayout
+    from raysearch.search.loss_model import fit
 
     space = {address: d for address, d in resolved.space.items() if address.startswith("bits/")}
     carried = [(_carried(row, resolved), 1 - row["accuracy"]) for row in rows]

@@ -73,12 +73,12 @@ class PlainProgress(Watcher):
         space = f"space {words(sweep.space)} ({len(resolved.space)} parameters)"
         self.say(f"{folder.path}: {counted(sweep.trials, 'trial')} of {what}, {space}")
         if sweep.sampler == "auto":
-            from raysearch.choice import choose
+            from raysearch.search.choice import choose
 
             choice = choose(resolved)
             self.say(f"sampler {choice.sampler}: {choice.reason}")
         if sweep.stopper == "auto":
-            from raysearch.stopping import choose_stopper
+            from raysearch.search.stopping import choose_stopper
 
             chosen = choose_stopper(resolved)
             self.say(f"stopper {chosen.stopper}: {chosen.reason}")

@@ -41,7 +41,7 @@ def search_command(search: Mapping[str, Any]) -> str:
     """`raysearch supernet search ...`: the same mixtures of the same network, so the same front.
 
     Args:
-        search: the fields of `raysearch.supernet_question.Search`.
+        search: the fields of `raysearch.shared_weights.question.Search`.
     """
     words = ["raysearch", "supernet", "search", str(search["run"])]
     words += [] if search["trial"] is None else [str(search["trial"])]

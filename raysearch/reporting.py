@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysearch.errors import RecordError
-from raysearch.evaluators import SUPERNET
 from raysearch.records import RunFolder
 from raysearch.repeat import search_command
+from raysearch.shared_weights.evaluators import SUPERNET
 
 if TYPE_CHECKING:
     from analysis.swept import Swept

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysearch.errors import SweepError
-from raysearch.space import check, made
+from raysearch.search.space import check, made
 from raysearch.sweep import GRID, Resolved, Sweep
 from raysearch.sweep_checks import check_types, check_values
 
@@ -33,10 +33,10 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
     Raises:
         SweepError, ConfigError, PluginError: what is wrong, and what to do.
     """
-    from raysearch.networks import CHANGING
-    from raysearch.proposals import lookup
-    from raysearch.rungs import rung_epochs
-    from raysearch.stopping import judged
+    from raysearch.search.networks import CHANGING
+    from raysearch.search.proposals import lookup
+    from raysearch.search.rungs import rung_epochs
+    from raysearch.search.stopping import judged
     from trainables.build import layer_table
     from trainables.config import parse
     from trainables.measures import load_all
@@ -72,13 +72,13 @@ def resolve(sweep: Sweep, space: Mapping[str, "BaseDistribution"] | None = None)
             "add one that each epoch tells, such as accuracy, or leave the stopper out"
         )
     if sweep.sampler == "frontier":
-        from raysearch.choice import choose
+        from raysearch.search.choice import choose
 
         choice = choose(resolved)
         if choice.sampler != "frontier":
             raise SweepError(f"sampler 'frontier' cannot propose: {choice.reason}; take auto, tpe or nsga2")
     if sweep.sampler == "grid":
-        from raysearch.proposals import cardinality
+        from raysearch.search.proposals import cardinality
 
         count = cardinality(found)
         if count > GRID:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raysearch.errors import RecordError, SweepError
-from raysearch.proposals import Space, contains, lookup, middle
 from raysearch.records import write_json
+from raysearch.search.proposals import Space, contains, lookup, middle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from raysearch.sweep import Resolved, Sweep
 if TYPE_CHECKING:
     import pandas as pd
 
-    from raysearch.proposals import Space
+    from raysearch.search.proposals import Space
     from trainables.config import TrialConfig
     from trainables.cost import Layer
     from trainables.layer_profile import Plan
@@ -68,7 +68,7 @@ def sensitivity(
         start = float_start(config, folder.resolve() / "starts", data_root=root)
         if not workers:
             return measured(config, start, root, plan)
-        from raysearch.connection import ray_for
+        from raysearch.cluster.connection import ray_for
 
         stack.enter_context(ray_for(sweep))
         return on_ray(config, start, root, plan)
@@ -196,8 +196,8 @@ def _float_start(config: "TrialConfig", folder: Path, root: Path | None) -> Path
 
 def _fixed(resolved: Resolved) -> Mapping[str, Sequence[int]]:
     """Widths of the narrowest configuration, which are those of what the space leaves alone."""
-    from raysearch.networks import changes
-    from raysearch.proposals import cheapest, cost_of
+    from raysearch.search.networks import changes
+    from raysearch.search.proposals import cheapest, cost_of
     from trainables.config import merged
 
     if changes(resolved.space):
@@ -209,7 +209,7 @@ def _fixed(resolved: Resolved) -> Mapping[str, Sequence[int]]:
 
 
 def _for_sweep(frame: "pd.DataFrame", resolved: Resolved, fixed: Mapping[str, Sequence[int]]) -> Seeds:
-    from raysearch.layer_sums import tables_of
+    from raysearch.search.layer_sums import tables_of
 
     layers = resolved.table.quantizable
     tables = tables_of(resolved.measures, layers, resolved.space, fixed)
@@ -245,7 +245,7 @@ def seeds_of(
     """
     from analysis.integer_program import Limit
     from analysis.ladder import ladder
-    from raysearch.bit_layout import COSTS, BitLayout
+    from raysearch.search.bit_layout import COSTS, BitLayout
     from trainables.sensitivity import other_network
 
     if not any(name.startswith("bits/") for name in space):

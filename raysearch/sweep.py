@@ -82,7 +82,7 @@ class Sweep:
         Raises:
             SweepError: the space is a function; `resolve(sweep).sweep` has its distributions instead.
         """
-        from raysearch.mlflow_links import public
+        from raysearch.mirror.links import public
 
         tree = asdict(self) | {"space": written(self.space)}
         if self.mlflow_uri:

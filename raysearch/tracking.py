@@ -11,9 +11,9 @@ tried again and again, more and more rarely; what it missed arrives later, even 
 MLflow gets one experiment for a sweep; one run for a trial, flat, because MLflow's pages hide nested runs; the tag
 `pareto = true` on those on the front; and a run `summary` with the front as a table and a picture.
 
-    mlflow_links      where it is found, how far it got
-    mlflow_entries    what is said of a record
-    mlflow_session    how it is written, so that writing it twice changes nothing
+    mirror/links      where it is found, how far it got
+    mirror/entries    what is said of a record
+    mirror/session    how it is written, so that writing it twice changes nothing
     tracking          when: the process, its failures, its end
 """
 
@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raysearch.mlflow_links import SQLITE, Progress, public, redact, tracking_uri
-from raysearch.mlflow_session import Lines, Session
+from raysearch.mirror.links import SQLITE, Progress, public, redact, tracking_uri
+from raysearch.mirror.session import Lines, Session
 
 log = logging.getLogger("raysearch.tracking")
 
@@ -96,7 +96,7 @@ def start_mirror(run: Path, uri: str | None = None) -> Mirror:
 
     Args:
         run: the sweep's folder, with `sweep.json`; the other files may come later.
-        uri: the store; `mlflow_links.tracking_uri` says what None means.
+        uri: the store; `raysearch.mirror.links.tracking_uri` says what None means.
     """
     run = Path(run).resolve()
     code = str(Path(__file__).resolve().parents[1])

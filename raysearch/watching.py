@@ -72,7 +72,7 @@ class _Remembering:
 
 def put_into_registry(result: Any) -> None:
     """Register the front, and say what is not registered, and why."""
-    from raysearch.registry import register
+    from raysearch.mirror.registry import register
 
     try:
         found = register(result.path, result.description["sweep"]["mlflow_uri"])
@@ -84,9 +84,9 @@ def put_into_registry(result: Any) -> None:
 
 
 def _show(result: Any, register: bool | None) -> None:
-    from raysearch.mlflow_links import front_url
+    from raysearch.mirror.links import front_url
+    from raysearch.mirror.pages import is_own
     from raysearch.overview import size_of
-    from raysearch.pages import is_own
 
     front = result.front()
     click.echo(f"\n{size_of(front, ' on the front')}\n")

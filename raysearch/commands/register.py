@@ -12,7 +12,7 @@ from raysearch.options import run_folder
 @click.option("--mlflow-uri", help="MLflow tracking URI  [default: that of the sweep]")
 def command(run_folder: Path, mlflow_uri: str | None) -> None:
     """Put the points of the front into MLflow's model registry."""
-    from raysearch.registry import register
+    from raysearch.mirror.registry import register
     from raysearch.result import Result
 
     found = register(run_folder, mlflow_uri or Result(run_folder).description["sweep"]["mlflow_uri"])

@@ -12,8 +12,8 @@ from raysearch.watching import searched, watched
 @run_folder
 def command(run_folder: Path) -> None:
     """Go on with an interrupted sweep, or search on shared weights."""
-    from raysearch import supernet
     from raysearch.driver import resume as resume_run
+    from raysearch.shared_weights import supernet
 
     if supernet.is_search(run_folder):
         searched(lambda watcher: supernet.resume(run_folder, watcher=watcher))

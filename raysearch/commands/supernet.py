@@ -80,8 +80,8 @@ def search(
     **options: Any,
 ) -> None:
     """Search the mixtures of a trained network's widths: weights and activations of each layer on their own."""
-    from raysearch.supernet import search as run
-    from raysearch.supernet_question import Search
+    from raysearch.shared_weights.question import Search
+    from raysearch.shared_weights.supernet import search as run
     from raysearch.watching import searched
 
     if objectives is not None:
@@ -110,8 +110,8 @@ def finetune(run_folder: Path, points: int, epochs: int, lr: float) -> None:
 
 
 def _finetuned(result: Any, points: int, **options: Any) -> None:
-    from raysearch.finetune import correlation_text
-    from raysearch.finetune import finetune as train_points
+    from raysearch.shared_weights.finetune import correlation_text
+    from raysearch.shared_weights.finetune import finetune as train_points
     from raysearch.watching import watched
 
     found: list[Any] = []

@@ -11,7 +11,7 @@ import click
 from raysearch.watching import put_into_registry
 
 if TYPE_CHECKING:
-    from raysearch.pages import Server
+    from raysearch.mirror.pages import Server
     from raysearch.result import Result
 
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 def command(runs: tuple[Path, ...], port: int, register: bool) -> None:
     """Open MLflow's pages of one sweep or several on this machine, until Ctrl-C."""
-    from raysearch.pages import free_ports, is_own, is_running, start_server
+    from raysearch.mirror.pages import free_ports, is_own, is_running, start_server
     from raysearch.result import Result
 
     results = [Result(path) for path in runs]
@@ -81,7 +81,7 @@ def _catch_up(result: "Result") -> None:
 
 
 def _say(result: "Result", url: str | None) -> None:
-    from raysearch.mlflow_links import pages
+    from raysearch.mirror.links import pages
 
     click.echo(f"\n{result.name}")
     for words, address in pages(result.path, _uri(result), url).items():

@@ -21,8 +21,8 @@ import torch
 from raysearch.driver import run
 from raysearch.result import Result, front_of
 from raysearch.seeds import Seeds
-from raysearch.supernet import search
-from raysearch.supernet_question import Search
+from raysearch.shared_weights.question import Search
+from raysearch.shared_weights.supernet import search
 from raysearch.sweep import Sweep
 from tests.benchmarks.supernet import rate
 from trainables.config import merged, parse

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raysearch.connection import RAY_ENVIRONMENT
+from raysearch.cluster.connection import RAY_ENVIRONMENT
 
 SETTINGS = {"start/epochs": 0, "training/batch_size": 1024}
 
@@ -39,7 +39,7 @@ def documented(out: Path, trials: int, workers: int) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     def loop(job: dict[str, Any]) -> None:
-        from raysearch.worker import messages
+        from raysearch.cluster.worker import messages
 
         first = train.get_context().get_world_rank() == 0
         for message in messages(job):
@@ -58,9 +58,9 @@ def documented(out: Path, trials: int, workers: int) -> None:
             run_config=train.RunConfig(name=f"trial-{config['number']}", storage_path=str(out / "train")),
         ).fit()
 
+    from raysearch.cluster.worker import make_job
     from raysearch.resolve import resolve
     from raysearch.sweep import Sweep
-    from raysearch.worker import make_job
 
     base = resolve(Sweep(epochs=1, settings=SETTINGS)).base
     jobs = [make_job(n, base, out / f"trials/{n}", out / "starts", None, "cpu") for n in range(trials)]

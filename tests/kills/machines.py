@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-from raysearch.connection import RAY_ENVIRONMENT
+from raysearch.cluster.connection import RAY_ENVIRONMENT
 from tests.kills.victims import end_all
 
 

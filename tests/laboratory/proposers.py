@@ -9,9 +9,9 @@ from typing import Any
 import optuna
 from optuna.distributions import IntDistribution
 
-from raysearch.frontier import Frontier, Tried
-from raysearch.proposals import random_values, uniform_proposals
-from raysearch.samplers import make_sampler
+from raysearch.search.frontier import Frontier, Tried
+from raysearch.search.proposals import random_values, uniform_proposals
+from raysearch.search.samplers import make_sampler
 from tests.laboratory.clock import Proposer
 from tests.laboratory.problem import OBJECTIVES, Problem
 

@@ -9,7 +9,7 @@ import numpy as np
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from analysis.pareto import hypervolume, non_dominated
-from raysearch.rungs import Rungs, ranks
+from raysearch.search.rungs import Rungs, ranks
 from tests.laboratory.clock import Never, Stopper
 from tests.laboratory.problem import Problem
 

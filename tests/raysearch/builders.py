@@ -1,7 +1,7 @@
 """What the tests of the platform share: a small sweep, and a trainable whose accuracy is a formula of the bits.
 
 The formula rises with every width, so the front of a whole space is known before anything runs. Its messages are those
-of `raysearch.worker`: nothing that listens can tell it from a training.
+of `raysearch.cluster.worker`: nothing that listens can tell it from a training.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,12 +11,12 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 from raysearch.book import Book
+from raysearch.cluster.worker import Job, Message, make_job, messages
 from raysearch.driver import describe
-from raysearch.ledger import Ledger, Proposal
 from raysearch.records import RunFolder
 from raysearch.resolve import resolve
+from raysearch.search.ledger import Ledger, Proposal
 from raysearch.sweep import Resolved, Sweep
-from raysearch.worker import Job, Message, make_job, messages
 from trainables.fit import PointReport, Report
 
 FACTS = {"sweep": "a-run", "versions": {"torch": "2"}, "git": {"commit": "c0ffee", "dirty": False}}

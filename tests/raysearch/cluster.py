@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from raysearch.cli import main
-from raysearch.connection import RAY_ENVIRONMENT, start_local
+from raysearch.cluster.connection import RAY_ENVIRONMENT, start_local
 from raysearch.result import Result
 from tests.raysearch.fragile import DIARY
 

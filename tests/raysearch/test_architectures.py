@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from raysearch.choice import choose
-from raysearch.ledger import Ledger, Proposal
-from raysearch.networks import configured, existing, sets_any, trimmed
-from raysearch.proposals import cost_of
 from raysearch.records import RunFolder
 from raysearch.repeat import train_command
 from raysearch.resolve import resolve
+from raysearch.search.choice import choose
+from raysearch.search.ledger import Ledger, Proposal
+from raysearch.search.networks import configured, existing, sets_any, trimmed
+from raysearch.search.proposals import cost_of
 from raysearch.seeds import Seeds, proposed
 from raysearch.sweep import Resolved, Sweep
 from search_spaces import per_layer

@@ -13,11 +13,11 @@ import pytest
 from optuna.trial import TrialState
 
 from raysearch.book import Book
-from raysearch.ledger import STUDY, Ledger, Proposal
-from raysearch.proposals import Cost
+from raysearch.cluster.worker import Message
 from raysearch.records import RunFolder, read_lines
 from raysearch.result import load
-from raysearch.worker import Message
+from raysearch.search.ledger import STUDY, Ledger, Proposal
+from raysearch.search.proposals import Cost
 from tests.raysearch.builders import (
     BEGAN_AT,
     FACTS,

@@ -9,7 +9,7 @@ import ray
 
 from raysearch.driver import resume
 from raysearch.errors import RecordError
-from raysearch.mlflow_links import PROGRESS, Progress
+from raysearch.mirror.links import PROGRESS, Progress
 from raysearch.overview import overview
 from raysearch.records import RunFolder, write_json
 from raysearch.resolve import resolve

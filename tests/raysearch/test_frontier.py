@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from analysis.pareto import hypervolume
-from raysearch.bit_layout import BitLayout
-from raysearch.frontier import Frontier, Tried, extrapolated, unsuited
-from raysearch.loss_model import fit, guess
-from raysearch.staircase import WORST_COST, gains, staircase
+from raysearch.search.bit_layout import BitLayout
+from raysearch.search.frontier import Frontier, Tried, extrapolated, unsuited
+from raysearch.search.loss_model import fit, guess
+from raysearch.search.staircase import WORST_COST, gains, staircase
 from search_spaces import all_layers, per_block, per_layer, uniform
 from tests.laboratory.clock import simulate
 from tests.laboratory.problems import PROBLEMS, resnet18

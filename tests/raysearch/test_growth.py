@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optuna.distributions import BaseDistribution
 
-from raysearch.searcher import Forget
+from raysearch.cluster.searcher import Forget
 from tests.raysearch.builders import by_formula, drive, make_run, open_book, small_sweep, train
 
 EARLY, LATE, MEASURED = 70, 110, 6

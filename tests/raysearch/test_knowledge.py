@@ -8,9 +8,9 @@ import pytest
 
 from raysearch.errors import SweepError
 from raysearch.knowledge import counterpart, seeds_for
-from raysearch.ledger import Ledger
 from raysearch.records import write_json
 from raysearch.resolve import resolve
+from raysearch.search.ledger import Ledger
 from raysearch.sensitivities import read_seeds, seed, write
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import drive, formula, make_run, open_book, small_sweep

@@ -22,11 +22,11 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from raysearch.errors import SweepError
-from raysearch.ledger import STUDY, Ledger, Proposal
 from raysearch.limits import limits_of
-from raysearch.proposals import cost_of, uniform_proposals
 from raysearch.records import RunFolder
 from raysearch.resolve import resolve
+from raysearch.search.ledger import STUDY, Ledger, Proposal
+from raysearch.search.proposals import cost_of, uniform_proposals
 from raysearch.sweep import Resolved, Sweep
 from raysearch.sweep_checks import SAMPLERS
 from tests.ports import free_port
@@ -263,7 +263,7 @@ def searched(sweep_name: str) -> Resolved:
 def test_a_sweep_that_was_stopped_between_trials_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_name: str, killed_at: int
 ) -> None:
-    monkeypatch.setattr("raysearch.ledger.ATTEMPTS", 4)  # or a sampler that lost its place would find it in time
+    monkeypatch.setattr("raysearch.search.ledger.ATTEMPTS", 4)  # or a sampler that lost its place would find it in time
     folder, resolved = RunFolder(tmp_path), searched(sweep_name)
     found = run(Ledger(folder, resolved), killed_at) + run(Ledger(folder, resolved))
     assert [(p.params, p.source) for p in found] == [(p.params, p.source) for p in uninterrupted(sweep_name)]

@@ -15,11 +15,11 @@ from optuna.trial import TrialState
 from analysis.allocate import allocate
 from analysis.integer_program import Limit as Bound
 from raysearch.errors import SweepError
-from raysearch.ledger import Ledger
 from raysearch.limits import Limit, broken, excesses, limits_of
-from raysearch.proposals import Cost, cheapest, cost_of, random_values
-from raysearch.repair import Repair, _damage
 from raysearch.resolve import resolve
+from raysearch.search.ledger import Ledger
+from raysearch.search.proposals import Cost, cheapest, cost_of, random_values
+from raysearch.search.repair import Repair, _damage
 from raysearch.sweep import Resolved, Sweep
 from tests.raysearch.builders import make_run, small_sweep
 from trainables.config import merged

@@ -11,11 +11,11 @@ import pytest
 
 from raysearch.importance import importances
 from raysearch.options import sweep_of, sweep_options
-from raysearch.proposals import cost_of
 from raysearch.records import RunFolder, write_json
 from raysearch.repeat import train_command
 from raysearch.resolve import trial_config
 from raysearch.result import Result, load
+from raysearch.search.proposals import cost_of
 from tests.raysearch.builders import finished_run, make_run, small_sweep
 from tests.raysearch.conftest import Cli
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from raysearch.mixtures import Mixtures, Proposed, asked, mixture, mixture_space
-from raysearch.proposals import Cost, contains, uniform_proposals
+from raysearch.search.proposals import Cost, contains, uniform_proposals
+from raysearch.shared_weights.mixtures import Mixtures, Proposed, asked, mixture, mixture_space
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import formula, law
 from trainables.cost import Layer

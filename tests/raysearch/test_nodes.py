@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysearch import facts
+from raysearch.cluster.nodes import COMPARED, Capacity, Kind, _check, _question, capacity_of
+from raysearch.cluster.shipping import JOB, PACKAGES, modules, runtime_env
 from raysearch.errors import SweepError
-from raysearch.nodes import COMPARED, Capacity, Kind, _check, _question, capacity_of
-from raysearch.shipping import JOB, PACKAGES, modules, runtime_env
 from raysearch.sweep import Sweep
 from tests.raysearch.cluster import ROOT
 

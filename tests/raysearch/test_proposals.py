@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysearch.limits import limits_of
-from raysearch.proposals import (
+from raysearch.resolve import resolve
+from raysearch.search.proposals import (
     ORDER,
     Cost,
     cardinality,
@@ -21,7 +22,6 @@ from raysearch.proposals import (
     random_values,
     uniform_proposals,
 )
-from raysearch.resolve import resolve
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import law, small_sweep
 from trainables import cost as trainables_cost

@@ -12,8 +12,8 @@ import torch
 from mlflow import MlflowClient
 
 from raysearch.errors import TrialError
+from raysearch.mirror.registry import register
 from raysearch.records import Log, RunFolder
-from raysearch.registry import register
 from raysearch.result import Result, load
 from raysearch.tracking import mirror_once
 from raysearch.watching import watched

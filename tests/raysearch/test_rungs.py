@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.pareto import non_dominated
-from raysearch.rungs import Layers, Rungs, Standing, dominated, epsilon_net, rung_epochs
+from raysearch.search.rungs import Layers, Rungs, Standing, dominated, epsilon_net, rung_epochs
 from tests.raysearch.builders import law
 
 Values = np.ndarray

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from raysearch.connection import _keep_token
+from raysearch.cluster.connection import _keep_token
 from tests.kills.victims import descendants, processes
 from tests.raysearch.builders import SMALL
 from tests.raysearch.cluster import ROOT

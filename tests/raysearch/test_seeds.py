@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysearch.errors import RecordError, SweepError
-from raysearch.ledger import Ledger
-from raysearch.proposals import contains
+from raysearch.search.ledger import Ledger
+from raysearch.search.proposals import contains
 from raysearch.seeds import Seeds, proposed
 from tests.raysearch.builders import drive, make_run, open_book, small_sweep
 

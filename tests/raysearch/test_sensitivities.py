@@ -15,8 +15,8 @@ from optuna.distributions import FloatDistribution, IntDistribution
 import raysearch
 from analysis.sensitivity_plot import plot_sensitivity, sensitivity_table
 from raysearch import sensitivities
-from raysearch.bit_layout import BitLayout
 from raysearch.errors import SweepError
+from raysearch.search.bit_layout import BitLayout
 from raysearch.sensitivities import expected_rises, read, seeds_of, write
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import law, make_run, small_sweep
@@ -122,7 +122,7 @@ def test_a_sweep_is_seeded_from_the_file_and_a_resumed_one_needs_it_no_more(
     tmp_path: Path, table: pd.DataFrame
 ) -> None:
     from raysearch.driver import read_seeds, seed
-    from raysearch.ledger import Ledger
+    from raysearch.search.ledger import Ledger
 
     write(table, tmp_path / "s.json")
     sweep = small_sweep(space="per_layer", seed_from=str(tmp_path / "s.json"))

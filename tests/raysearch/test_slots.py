@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from raysearch import slots
-from raysearch.ledger import Ledger
-from raysearch.slots import InlineSlot
+from raysearch.cluster import slots
+from raysearch.cluster.slots import InlineSlot
+from raysearch.search.ledger import Ledger
 from tests.raysearch.builders import job, make_run, small_sweep
 
 

@@ -12,15 +12,15 @@ import pytest
 from optuna.trial import TrialState
 
 from raysearch.book import Book
+from raysearch.cluster.group import Mailbox
+from raysearch.cluster.worker import Message
 from raysearch.errors import SweepError
-from raysearch.group import Mailbox
-from raysearch.ledger import Proposal
 from raysearch.overview import overview
 from raysearch.records import RunFolder, read_lines
 from raysearch.resolve import resolve
-from raysearch.rungs import Rungs
-from raysearch.stopping import choose_stopper
-from raysearch.worker import Message
+from raysearch.search.ledger import Proposal
+from raysearch.search.rungs import Rungs
+from raysearch.search.stopping import choose_stopper
 from tests.raysearch.builders import formula, make_run, message, open_book, point, small_sweep
 from tests.raysearch.tuning import tune
 from trainables import checkpoint

@@ -9,14 +9,14 @@ from mlflow import MlflowClient
 
 from raysearch import driver
 from raysearch.errors import RecordError, SweepError
-from raysearch.evaluators import SUPERNET
-from raysearch.finetune import CORRELATION, correlation_text, finetune
-from raysearch.mlflow_entries import trial_note
+from raysearch.mirror.entries import trial_note
 from raysearch.result import Result
 from raysearch.seeds import Seeds
 from raysearch.sensitivities import FORMAT
-from raysearch.supernet import resume, search
-from raysearch.supernet_question import Search, narrowed
+from raysearch.shared_weights.evaluators import SUPERNET
+from raysearch.shared_weights.finetune import CORRELATION, correlation_text, finetune
+from raysearch.shared_weights.question import Search, narrowed
+from raysearch.shared_weights.supernet import resume, search
 from raysearch.sweep import Sweep
 from tests.raysearch.builders import finished_run
 from tests.raysearch.cluster import cluster, command, lines

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from raysearch.cluster.worker import Message, make_job, messages, prepare_process
 from raysearch.records import RunFolder
 from raysearch.resolve import trial_config
-from raysearch.worker import Message, make_job, messages, prepare_process
 from tests.raysearch.builders import SMALL, job, small_sweep
 from trainables import checkpoint
 from trainables.config import merged

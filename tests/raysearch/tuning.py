@@ -6,9 +6,9 @@ from itertools import count
 from typing import Any
 
 from raysearch.book import Book
-from raysearch.ledger import Proposal
-from raysearch.searcher import LedgerSearcher
-from raysearch.worker import Message
+from raysearch.cluster.searcher import LedgerSearcher
+from raysearch.cluster.worker import Message
+from raysearch.search.ledger import Proposal
 from tests.raysearch.builders import Trial, by_formula
 
 

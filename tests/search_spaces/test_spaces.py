@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json, json_to_distribution
 
-from raysearch.networks import trimmed
-from raysearch.proposals import corners
-from raysearch.space import made
+from raysearch.search.networks import trimmed
+from raysearch.search.proposals import corners
+from raysearch.search.space import made
 from search_spaces.per_block import block
 from trainables import plugins
 from trainables.build import layer_table

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from raysearch.mlflow_links import Progress, front_url
+from raysearch.mirror.links import Progress, front_url
 from raysearch.tracking import Mirror, start_mirror, status
 from tests.ports import free_port
 from tests.raysearch.mirror.swept import RECORDS, append, client_of, epoch, on_front, record, runs_of

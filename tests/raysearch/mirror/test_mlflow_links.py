@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysearch import mlflow_entries as entries
-from raysearch.mlflow_links import Progress, front_url, pages, public, redact, tracking_uri
-from raysearch.mlflow_session import Lines
+from raysearch.mirror import entries
+from raysearch.mirror.links import Progress, front_url, pages, public, redact, tracking_uri
+from raysearch.mirror.session import Lines
 from tests.raysearch.mirror.swept import NAME, SWEEP
 
 

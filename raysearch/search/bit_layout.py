@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from raysearch.proposals import Space, choices
+from raysearch.search.proposals import Space, choices
 from trainables.cost import INPUT_BITS, Layer
 
 COSTS = {"bops": "bops", "relative_bops": "bops", "size_bytes": "size_bytes"}

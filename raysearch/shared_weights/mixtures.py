@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from raysearch.frontier import QUALITIES, Frontier, Tried, unsuited
 from raysearch.limits import limits_of
-from raysearch.proposals import Cost, Space, beside, cardinality, choices, configurations
+from raysearch.search.frontier import QUALITIES, Frontier, Tried, unsuited
+from raysearch.search.proposals import Cost, Space, beside, cardinality, choices, configurations
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -98,7 +98,7 @@ class Asked(Protocol):
 
 
 class AtFrontier:
-    """Mixtures from `raysearch.frontier`.
+    """Mixtures from `raysearch.search.frontier`.
 
     Args:
         frontier: of the space.
@@ -142,7 +142,7 @@ class OfStudy:
     def __init__(self, name: str, space: Space, objectives: Mapping[str, str], seed: int) -> None:
         import optuna
 
-        from raysearch.samplers import make_sampler
+        from raysearch.search.samplers import make_sampler
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._objectives = name, dict(space), list(objectives)

@@ -1,11 +1,11 @@
 """The Optuna study of a sweep, on disk: every proposal and its true end. Who proposes, and what may be trained.
 
 It is an ordinary Optuna study (`optuna-dashboard sqlite:///RUN/study.db`) with one trial for each training: complete
-with its values, pruned, or failed with its reason. Optuna's samplers work on a twin in memory (`raysearch.twin`),
-rebuilt from the disk: a proposal with many parameters then costs one write instead of one for each parameter. The
-frontier (`raysearch.frontier`) needs no study: it works on the trials that ended, in the order of their ends, and on
-those that run. Each proposal gets a sampler of its own, seeded by the sweep's seed and the trial's number, so a
-proposal depends on the history alone and a resumed sweep needs no saved sampler.
+with its values, pruned, or failed with its reason. Optuna's samplers work on a twin in memory (`twin`), rebuilt from
+the disk: a proposal with many parameters then costs one write instead of one for each parameter. The `frontier` needs
+no study: it works on the trials that ended, in the order of their ends, and on those that run. Each proposal gets a
+sampler of its own, seeded by the sweep's seed and the trial's number, so a proposal depends on the history alone and a
+resumed sweep needs no saved sampler.
 """
 
 import random
@@ -23,18 +23,18 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError
 
-from raysearch.choice import FRONTIER, choose, frontier_of
 from raysearch.errors import RecordError
-from raysearch.frontier import QUALITIES, Tried
 from raysearch.limits import limits_of
-from raysearch.networks import changes, configured, trimmed
-from raysearch.proposals import Cost, beside, cardinality, cheapest, configurations, cost_of, uniform_proposals
 from raysearch.records import RunFolder
-from raysearch.repair import Repair
-from raysearch.samplers import copy_qmc_position, make_sampler
+from raysearch.search.choice import FRONTIER, choose, frontier_of
+from raysearch.search.frontier import QUALITIES, Tried
+from raysearch.search.networks import changes, configured, trimmed
+from raysearch.search.proposals import Cost, beside, cardinality, cheapest, configurations, cost_of, uniform_proposals
+from raysearch.search.repair import Repair
+from raysearch.search.samplers import copy_qmc_position, make_sampler
+from raysearch.search.twin import CONSTRAINTS, NONE_MISSED, Twin
 from raysearch.seeds import Seeds
 from raysearch.sweep import GRID, Resolved
-from raysearch.twin import CONSTRAINTS, NONE_MISSED, Twin
 from trainables.config import merged
 from trainables.errors import ConfigError
 from trainables.storage import patiently

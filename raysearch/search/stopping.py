@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raysearch.choice import FRONTIER, choose
-from raysearch.rungs import Rungs, Standing, rung_epochs
+from raysearch.search.choice import FRONTIER, choose
+from raysearch.search.rungs import Rungs, Standing, rung_epochs
 
 if TYPE_CHECKING:
     from raysearch.sweep import Resolved, Sweep

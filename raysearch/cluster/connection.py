@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from raysearch import facts
+from raysearch.cluster.shipping import runtime_env
 from raysearch.errors import SweepError
-from raysearch.shipping import runtime_env
 from raysearch.sweep import Sweep
 
 TRAINING_ENVIRONMENT = {

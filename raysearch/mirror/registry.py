@@ -22,8 +22,8 @@ from analysis.wording import short_bits
 from raysearch import __version__
 from raysearch.errors import RecordError, TrialError
 from raysearch.facts import versions
-from raysearch.mlflow_entries import outcome
-from raysearch.mlflow_links import Progress, public, redact, tracking_uri
+from raysearch.mirror.entries import outcome
+from raysearch.mirror.links import Progress, public, redact, tracking_uri
 from raysearch.result import Result
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CODE = Path(__file__).with_name("registered_model.py")
+CODE = Path(__file__).parents[1] / "registered_model.py"
 POINT, DIGEST, ON_FRONT = "raysearch.point", "raysearch.digest", "pareto"
 TAGGED = ("trial", "method", "accuracy", "test_accuracy", "bops", "relative_bops", "size_bytes", "bits")
 
@@ -59,7 +59,7 @@ def register(run: Path, uri: str | None = None) -> Registered:
 
     Args:
         run: the sweep's folder.
-        uri: the store; `mlflow_links.tracking_uri` says what None means.
+        uri: the store; `links.tracking_uri` says what None means.
 
     Raises:
         RecordError: no complete trial.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from raysearch.errors import TrialError
-from raysearch.mlflow_links import is_served, tracking_uri
+from raysearch.mirror.links import is_served, tracking_uri
 
 HOST = "127.0.0.1"
 START_S = 120.0

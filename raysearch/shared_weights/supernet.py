@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raysearch.errors import RecordError
-from raysearch.evaluators import SUPERNET, Workers
 from raysearch.records import RunFolder, complete_trials
 from raysearch.result import Result
 from raysearch.seeds import Seeds
-from raysearch.supernet_question import Opened, Search, checked, root_of, trained_network
+from raysearch.shared_weights.evaluators import SUPERNET, Workers
+from raysearch.shared_weights.question import Opened, Search, checked, root_of, trained_network
 from raysearch.sweep import default_name, default_out
 
 if TYPE_CHECKING:
-    from raysearch.nodes import Capacity
+    from raysearch.cluster.nodes import Capacity
 
 
 class Watcher(Protocol):
@@ -104,8 +104,8 @@ def is_search(path: Path) -> bool:
 
 def _seeds(opened: Opened, path: str | Path | None) -> Seeds:
     """What a file of sensitivities suggests for the mixtures."""
-    from raysearch.mixtures import mixture
     from raysearch.sensitivities import read, seeds_of
+    from raysearch.shared_weights.mixtures import mixture
 
     if path is None:
         return Seeds()
@@ -117,8 +117,8 @@ def _seeds(opened: Opened, path: str | Path | None) -> Seeds:
 @contextlib.contextmanager
 def _capacity(opened: Opened, folder: RunFolder) -> "Iterator[Capacity]":
     """Ray, and how many evaluators it holds."""
-    from raysearch.connection import ray_for
-    from raysearch.nodes import survey
+    from raysearch.cluster.connection import ray_for
+    from raysearch.cluster.nodes import survey
 
     sweep = opened.resolved.sweep
     with ray_for(sweep) as joined:
@@ -127,7 +127,7 @@ def _capacity(opened: Opened, folder: RunFolder) -> "Iterator[Capacity]":
 
 def _evaluate(folder: RunFolder, opened: Opened, capacity: "Capacity", watcher: Watcher) -> Result:
     from raysearch.driver import MIRROR_WAIT_S
-    from raysearch.mixture_loop import evaluate_mixtures
+    from raysearch.shared_weights.mixture_loop import evaluate_mixtures
     from raysearch.tracking import mirror_rest
 
     sweep = opened.resolved.sweep

@@ -16,7 +16,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysearch.book import Book
-from raysearch.ledger import Ledger, Proposal
+from raysearch.search.ledger import Ledger, Proposal
 
 PROCESS_RETRIES = 2
 """How often a trial goes on after its slot has died."""

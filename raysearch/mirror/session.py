@@ -1,7 +1,7 @@
 """One sweep and one MLflow store, from the first contact to the first failure: everything that is written to MLflow.
 
 A session may be cut off anywhere, by a store that goes away or by SIGKILL. The next one starts from RUN/mlflow.json,
-asks MLflow which runs are there already, and repeats the last step; `mlflow_entries` makes that harmless.
+asks MLflow which runs are there already, and repeats the last step; `entries` makes that harmless.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from typing import Any
 
 from analysis.front import Front
 from analysis.pareto import bounded, hypervolume_history
-from raysearch import mlflow_entries as entries
-from raysearch.mlflow_links import Progress, is_served, public, redact, view_tag
+from raysearch.mirror import entries
+from raysearch.mirror.links import Progress, is_served, public, redact, view_tag
 from raysearch.reporting import SUMMARY_PAGE, swept
 
 log = logging.getLogger("raysearch.tracking")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysearch.errors import RecordError, SweepError
-from raysearch.evaluators import SUPERNET
 from raysearch.records import write_json
 from raysearch.result import Result
 from raysearch.seeds import Seeds
+from raysearch.shared_weights.evaluators import SUPERNET
 from raysearch.sweep import Sweep
 
 if TYPE_CHECKING:

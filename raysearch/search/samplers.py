@@ -8,8 +8,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 
-from raysearch.networks import BITS, changes, existing
-from raysearch.proposals import Space
+from raysearch.search.networks import BITS, changes, existing
+from raysearch.search.proposals import Space
 from trainables.config import Tree
 from trainables.errors import ConfigError
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from raysearch.proposals import Space, choices
+from raysearch.search.proposals import Space, choices
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Layer, LayerBits
 from trainables.measures import Measure
 

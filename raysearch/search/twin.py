@@ -14,9 +14,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from raysearch.networks import trimmed
-from raysearch.proposals import Space
-from raysearch.samplers import ask
+from raysearch.search.networks import trimmed
+from raysearch.search.proposals import Space
+from raysearch.search.samplers import ask
 from trainables.config import Tree
 
 CONSTRAINTS = "constraints"

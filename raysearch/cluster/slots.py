@@ -18,8 +18,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from raysearch.group import BEAT_S, Desk
-from raysearch.worker import Message, messages, prepare_process
+from raysearch.cluster.group import BEAT_S, Desk
+from raysearch.cluster.worker import Message, messages, prepare_process
 
 
 def _result(message: Message | None, slot: Any) -> dict[str, Any]:

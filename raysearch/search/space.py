@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysearch.asked_space import Asked, words
 from raysearch.errors import SweepError
-from raysearch.networks import BITS, changes, configured, layers_of, sets_any
+from raysearch.search.networks import BITS, changes, configured, layers_of, sets_any
 from trainables import plugins
 from trainables.errors import ConfigError, PluginError
 
@@ -83,8 +83,8 @@ def check(
         SweepError, ConfigError: what is wrong; a misspelt layer or address with the nearest one.
     """
     from raysearch.limits import limits_of
-    from raysearch.proposals import cheapest, corners
-    from raysearch.repair import within_reach
+    from raysearch.search.proposals import cheapest, corners
+    from raysearch.search.repair import within_reach
     from trainables.build import layer_table
     from trainables.config import parse
     from trainables.layer_bits import resolve_bits

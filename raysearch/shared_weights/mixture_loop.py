@@ -12,12 +12,12 @@ from typing import Any
 
 from raysearch import facts
 from raysearch.errors import RecordError
-from raysearch.evaluators import SUPERNET, Workers
-from raysearch.mixtures import Mixtures, Proposed, asked, mixture
-from raysearch.proposals import uniform_proposals
 from raysearch.records import SCHEMA, Log, RunFolder, complete_trials, write_json
+from raysearch.search.proposals import uniform_proposals
 from raysearch.seeds import Seeds
-from raysearch.supernet_question import Opened
+from raysearch.shared_weights.evaluators import SUPERNET, Workers
+from raysearch.shared_weights.mixtures import Mixtures, Proposed, asked, mixture
+from raysearch.shared_weights.question import Opened
 from trainables.cost import size_bytes
 
 BATCH = 64

@@ -23,7 +23,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from raysearch.worker import Job, Message
+from raysearch.cluster.worker import Job, Message
 
 ATTEMPTS = 3
 WAIT_S = 20.0
@@ -166,7 +166,7 @@ def rank_loop(settings: dict[str, Any]) -> None:
     """What each rank runs until the slot ends: job after job."""
     import torch
 
-    from raysearch.worker import prepare_process
+    from raysearch.cluster.worker import prepare_process
     from trainables import world
 
     prepare_process(settings["cpus"])
@@ -185,7 +185,7 @@ def rank_loop(settings: dict[str, Any]) -> None:
 def _train(mailbox: Any, number: int, job: Job, rank: int, device: Any) -> None:
     import torch
 
-    from raysearch.worker import messages
+    from raysearch.cluster.worker import messages
     from trainables import world
 
     for epoch, message in enumerate(messages(job)):

@@ -1,9 +1,9 @@
 """The default proposer: it knows that a network is layers, that noise quarters with each bit, and what bits cost.
 
-After the uniform configurations it keeps a model of the loss (`raysearch.loss_model`), and from it a pool:
+After the uniform configurations it keeps a model of the loss (`loss_model`), and from it a pool:
 
     ladder       the integer program's convex front over the estimated sensitivities: for each of a ladder of budgets
-                 the widths with the least predicted loss (`raysearch.bit_layout`); also for sensitivities drawn from
+                 the widths with the least predicted loss (`bit_layout`); also for sensitivities drawn from
                  their posterior
     neighbours   members of the front so far with one or two widths raised, lowered or exchanged
 
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from raysearch.bit_layout import COSTS, BitLayout, Blend
-from raysearch.loss_model import LossModel, fit, guess, one_thread
-from raysearch.networks import changes
-from raysearch.proposals import Space, random_values
-from raysearch.staircase import gains, staircase
+from raysearch.search.bit_layout import COSTS, BitLayout, Blend
+from raysearch.search.loss_model import LossModel, fit, guess, one_thread
+from raysearch.search.networks import changes
+from raysearch.search.proposals import Space, random_values
+from raysearch.search.staircase import gains, staircase
 from trainables.cost import Layer
 
 QUALITIES = ("accuracy", "loss")

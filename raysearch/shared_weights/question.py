@@ -16,7 +16,7 @@ from raysearch.sweep import DEFAULT_OBJECTIVES, Resolved, Sweep
 from raysearch.sweep_checks import check_values
 
 if TYPE_CHECKING:
-    from raysearch.proposals import Cost
+    from raysearch.search.proposals import Cost
     from trainables.fit import Session
     from trainables.method import Choices
 
@@ -68,8 +68,8 @@ class Opened:
 
     def cost(self, values: Mapping[str, Any]) -> "Cost":
         """What a mixture costs."""
-        from raysearch.mixtures import mixture
-        from raysearch.proposals import Cost
+        from raysearch.search.proposals import Cost
+        from raysearch.shared_weights.mixtures import mixture
         from trainables.config import digest
         from trainables.supernet import bits_of
 
@@ -118,8 +118,8 @@ def checked(session: "Session", question: Search, trained: Mapping[str, Any]) ->
     Raises:
         SweepError, ConfigError: what cannot be.
     """
-    from raysearch.mixtures import mixture_space
-    from raysearch.proposals import cheapest
+    from raysearch.search.proposals import cheapest
+    from raysearch.shared_weights.mixtures import mixture_space
     from trainables.supernet import check_images, check_recalibration, choices_of
 
     choices = narrowed(choices_of(session), question.widths)

@@ -1,6 +1,6 @@
 """How a network's loss depends on its bits, from what trials returned: sensitivities, corrected as results come in.
 
-The model is the formula of `raysearch.loss_formula` plus r(b), a Gaussian process over the widths, for what no sum can
+The model is the formula of `loss_formula` plus r(b), a Gaussian process over the widths, for what no sum can
 say: interactions of layers. The s_j have a lognormal prior around what is known before training, lines and walks a
 normal one around 0, of widths that the results decide (marginal likelihood): sensitivities that fit are kept, wrong
 ones are forgotten, and the own_j stay 0 where nothing speaks for them. The maximum of the posterior is found by
@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from raysearch.loss_formula import LOG4, MIDDLE, OUTER, Curve, Formula
+from raysearch.search.loss_formula import LOG4, MIDDLE, OUTER, Curve, Formula
 
 PRIORS = (
     (0.03, 0.0, 0.0),

@@ -17,11 +17,11 @@ from analysis.allocate import allocate
 from analysis.integer_program import InfeasibleError
 from analysis.integer_program import Limit as Bound
 from analysis.ladder import ladder
-from raysearch.bit_layout import MOST_OPTIONS, BitLayout
-from raysearch.layer_sums import tables_of
 from raysearch.limits import Limit
-from raysearch.networks import trimmed
-from raysearch.proposals import Cost, Space, cost_of
+from raysearch.search.bit_layout import MOST_OPTIONS, BitLayout
+from raysearch.search.layer_sums import tables_of
+from raysearch.search.networks import trimmed
+from raysearch.search.proposals import Cost, Space, cost_of
 from trainables.build import layer_table
 from trainables.config import merged, parse
 from trainables.measures import Measure

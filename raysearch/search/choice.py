@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raysearch.frontier import QUALITIES, Frontier, unsuited
-from raysearch.layer_sums import summed, tables_of
 from raysearch.limits import limits_of
-from raysearch.networks import configured
-from raysearch.proposals import Cost, cheapest, choices, cost_of
+from raysearch.search.frontier import QUALITIES, Frontier, unsuited
+from raysearch.search.layer_sums import summed, tables_of
+from raysearch.search.networks import configured
+from raysearch.search.proposals import Cost, cheapest, choices, cost_of
 from trainables.config import merged
 from trainables.cost import Layer, LayerBits
 
