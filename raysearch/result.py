@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from analysis.front import Front
     from raysearch.tracking import Status
+    from trainables.export.onnx_file import Agreement
     from trainables.fit import Session
-    from trainables.onnx_file import Agreement
 
 
 EXPORTS = (".safetensors", ".onnx", ".pt2")
@@ -142,9 +142,9 @@ class Result:
     ) -> "Agreement | None":
         """Write a point as a file that runs elsewhere; the ending of `to` says which.
 
-        `.safetensors` is the packed file of `trainables.packed`, `.onnx` the graph of `trainables.onnx_file`, checked
-        in onnxruntime on test images, `.pt2` a `torch.export` program. The metadata of an ONNX file say how its input
-        is made from pixels of 0..1: minus `input_mean`, over `input_std`.
+        `.safetensors` is the packed file of `trainables.packed`, `.onnx` the graph of `trainables.export.onnx_file`,
+        checked in onnxruntime on test images, `.pt2` a `torch.export` program. The metadata of an ONNX file say how its
+        input is made from pixels of 0..1: minus `input_mean`, over `input_std`.
 
         Args:
             trial: its number.
@@ -169,9 +169,9 @@ class Result:
         import torch
 
         from trainables.build import normalisation
-        from trainables.onnx_file import save_onnx
-        from trainables.packed_writer import save_packed
-        from trainables.program_file import save_program
+        from trainables.export.onnx_file import save_onnx
+        from trainables.export.packed_writer import save_packed
+        from trainables.export.program_file import save_program
 
         session = _session(self, trial, point)
         next(each for each in session.points() if each.label == point).activate()

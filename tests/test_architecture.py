@@ -37,7 +37,7 @@ DERIVED = {  # files made of a late library's types; they are themselves importe
     "raysearch/registered_model.py": {"mlflow"},  # MLflow imports it
 }
 LONGEST = 400
-GROUPED = ["analysis", "trainables", "trainables/methods", "raysearch"]
+GROUPED = ["analysis", "trainables", "trainables/methods", "trainables/export", "raysearch"]
 GROUPED += ["raysearch/search", "raysearch/cluster", "raysearch/shared_weights", "raysearch/mirror"]
 
 

@@ -13,6 +13,5 @@ Where to find what:
     memory layout     layouts, heavy_convolution
     sensitivity       sensitivity, layer_profile, curvature, probed_layers
     shared weights    supernet, prefix
-    export            coded, bit_packing, packed, packed_header, packed_network, packed_writer, program_file,
-                      onnx_file, onnx_graph, onnx_constants, onnx_quantizers, onnx_pruning
+    export            export/, packed
 """

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from trainables import plugins
 from trainables.cost import FLOAT_BITS, INPUT_BITS, Layer, LayerBits, LayerTable
 from trainables.errors import ConfigError
+from trainables.export.onnx_file import open_session, write_onnx
+from trainables.export.onnx_graph import INPUT
 from trainables.layers import trace
 from trainables.modes import in_mode
-from trainables.onnx_file import open_session, write_onnx
-from trainables.onnx_graph import INPUT
 
 WIDTHS = (2, 4, 8)
 WARM_UP = 3

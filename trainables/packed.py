@@ -14,7 +14,7 @@ A safetensors file with one tensor of bytes, `packed`, as long as `cost.size_byt
 What is loaded gives the same logits as the trained network in evaluation mode, bit for bit, on a CPU in channels-last
 layout: weights are decoded in the order in which the quantizers compute (`encoding`), and a batch norm with mean 0,
 variance 1 and epsilon 0 multiplies and adds what torch makes of its statistics. Folding the norm into the weights would
-not be exact. `packed_writer` reads every file back and compares before it hands it over.
+not be exact. `export.packed_writer` reads every file back and compares before it hands it over.
 """
 
 from pathlib import Path
@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainables import checkpoint, modules, packed_header
-from trainables.bit_packing import packed_bytes, unpack
-from trainables.coded import Decoded, Rounded
+from trainables import checkpoint, modules
 from trainables.cost import Layer
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
-from trainables.packed_header import FORMAT, TENSOR
-from trainables.packed_network import multiplying, norms, others, rebuilt, set_norm
+from trainables.export import packed_header
+from trainables.export.bit_packing import packed_bytes, unpack
+from trainables.export.coded import Decoded, Rounded
+from trainables.export.packed_header import FORMAT, TENSOR
+from trainables.export.packed_network import multiplying, norms, others, rebuilt, set_norm
 
 
 def description(path: Path) -> dict[str, Any]:

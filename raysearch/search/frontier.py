@@ -3,8 +3,8 @@
 After the uniform configurations it keeps a model of the loss (`loss_model`), and from it a pool:
 
     ladder       the integer program's convex front over the estimated sensitivities: for each of a ladder of budgets
-                 the widths with the least predicted loss (`bit_layout`); also for sensitivities drawn from
-                 their posterior
+                 the widths with the least predicted loss (`bit_layout`); also for sensitivities drawn from their
+                 posterior
     neighbours   members of the front so far with one or two widths raised, lowered or exchanged
 
 The proposal is the member of the pool that is predicted to enlarge the hypervolume most, where trials that still run

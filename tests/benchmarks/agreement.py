@@ -23,9 +23,9 @@ from raysearch.sweep import Sweep
 from tests.trainables.exporting import MIXED
 from trainables import checkpoint
 from trainables.errors import ConfigError
+from trainables.export.onnx_file import save_onnx
+from trainables.export.packed_writer import save_packed
 from trainables.fit import Session
-from trainables.onnx_file import save_onnx
-from trainables.packed_writer import save_packed
 
 DATA = {"lenet5": "mnist", "resnet20": "cifar10"}
 WIDTHS = ("2", "3", "4", "5", "6", "7", "8", "mixed")

@@ -21,11 +21,11 @@ from trainables import plugins
 from trainables.build import build_model
 from trainables.config import merged, parse
 from trainables.cost import size_bytes
+from trainables.export.onnx_file import open_session, write_onnx
+from trainables.export.onnx_graph import INPUT
+from trainables.export.packed_writer import save_packed
 from trainables.layer_bits import resolve_bits
 from trainables.layers import trace
-from trainables.onnx_file import open_session, write_onnx
-from trainables.onnx_graph import INPUT
-from trainables.packed_writer import save_packed
 
 NETWORKS = {
     "lenet5": ((1, 28, 28), "mnist"),

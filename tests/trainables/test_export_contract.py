@@ -15,13 +15,13 @@ from torch import nn
 
 from tests.trainables.exporting import Exported, digits, trained
 from trainables import modules, plugins
+from trainables.export.onnx_file import save_onnx
+from trainables.export.packed_writer import save_packed
+from trainables.export.program_file import save_program
 from trainables.method import Point, read_bits
 from trainables.methods._bit_planes import BitPlanes, bit_tensors
 from trainables.methods._gates import GatedQuantizer
-from trainables.onnx_file import save_onnx
 from trainables.packed import load_packed
-from trainables.packed_writer import save_packed
-from trainables.program_file import save_program
 
 METHODS = list(plugins.describe("trainables.methods"))
 VARIANTS: dict[str, dict[str, Any]] = {

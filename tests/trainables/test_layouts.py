@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tests.trainables.exporting import Exported
 from trainables import plugins
 from trainables.cost import LayerBits
+from trainables.export.packed_writer import save_packed
 from trainables.heavy_convolution import convolve
 from trainables.layers import trace
 from trainables.layouts import lay_out
 from trainables.method import Method
 from trainables.packed import load_packed
-from trainables.packed_writer import save_packed
 
 CHANNELS_LAST = torch.channels_last
 SHAPE = (256, 8, 8)

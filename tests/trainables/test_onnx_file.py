@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tests.trainables.exporting import METHODS, MIXED, Exported, digits, trained_baseline
 from trainables import modules
-from trainables.coded import Rounded
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
-from trainables.onnx_file import Agreement, agreement, open_session, save_onnx, write_onnx
+from trainables.export.coded import Rounded
+from trainables.export.onnx_file import Agreement, agreement, open_session, save_onnx, write_onnx
+from trainables.export.packed_writer import save_packed
 from trainables.packed import load_packed
-from trainables.packed_writer import save_packed
 
 TYPES = {2: ("INT2", 25, 13), 4: ("INT4", 21, 10), 8: ("INT8", 20, 9)}
 """Widths that ONNX has. Others are unpacked from bytes, by nodes of any opset."""

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from tests.trainables.exporting import METHODS, MIXED, Exported, baseline
 from trainables import checkpoint, modules
-from trainables.bit_packing import CHUNK, pack, packed_bytes, unpack
 from trainables.cost import HEADER_BYTES
 from trainables.encoding import Encoding, codes_of
 from trainables.errors import ConfigError
+from trainables.export.bit_packing import CHUNK, pack, packed_bytes, unpack
+from trainables.export.packed_writer import _header_bytes, save_packed
 from trainables.method import read_bits
 from trainables.packed import description, load_packed
-from trainables.packed_writer import _header_bytes, save_packed
 
 
 @st.composite

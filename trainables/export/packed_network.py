@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables import modules, plugins
 from trainables.build import build_model
-from trainables.coded import at_this_point
 from trainables.config import TrialConfig, parse
 from trainables.cost import LayerBits
 from trainables.errors import ConfigError
+from trainables.export.coded import at_this_point
 from trainables.layers import trace
 
 

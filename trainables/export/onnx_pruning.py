@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainables.coded import Coded
 from trainables.dataflow import Flow
+from trainables.export.coded import Coded
 
 
 @torch.no_grad()

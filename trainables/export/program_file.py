@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainables.coded import fixed
 from trainables.errors import ConfigError
+from trainables.export.coded import fixed
 
 
 @torch.no_grad()

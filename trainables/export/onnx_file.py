@@ -37,12 +37,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainables.coded import Coded, Read, at_this_point, coded, standing, widths
 from trainables.encoding import MOST_BITS, Clipped
 from trainables.errors import ConfigError
-from trainables.onnx_constants import dense_groups, storage
-from trainables.onnx_graph import GRAPH_OPSET, INPUT, OUTPUT, Graph, float_graph, flows_of, plain_twin
-from trainables.onnx_pruning import without_pruned
+from trainables.export.coded import Coded, Read, at_this_point, coded, standing, widths
+from trainables.export.onnx_constants import dense_groups, storage
+from trainables.export.onnx_graph import GRAPH_OPSET, INPUT, OUTPUT, Graph, float_graph, flows_of, plain_twin
+from trainables.export.onnx_pruning import without_pruned
 
 NEWEST = 25
 IR_VERSIONS = {20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.bit_packing import pack
-from trainables.coded import Coded
 from trainables.encoding import Encoding
+from trainables.export.bit_packing import pack
+from trainables.export.coded import Coded
 
 STORED = ((2, 25), (4, 21), (8, 20), (16, 21))
 """Widths of ONNX's integers, and the first opset that has them."""

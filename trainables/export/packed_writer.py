@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from trainables import packed_header
-from trainables.bit_packing import pack
 from trainables.build import data_shape
-from trainables.coded import Coded, Read, at_this_point, coded, scale_and_shift, standing
 from trainables.config import TrialConfig
 from trainables.cost import FLOAT_BITS, HEADER_BYTES
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
+from trainables.export import packed_header
+from trainables.export.bit_packing import pack
+from trainables.export.coded import Coded, Read, at_this_point, coded, scale_and_shift, standing
+from trainables.export.packed_header import FORMAT, TENSOR
+from trainables.export.packed_network import multiplying, norms, others, plain_like, source_of
 from trainables.packed import load_packed
-from trainables.packed_header import FORMAT, TENSOR
-from trainables.packed_network import multiplying, norms, others, plain_like, source_of
 
 OWN_BATCH = 2
 """Images on which a file is compared with the network."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainables import dataflow, modules, onnx_quantizers
-from trainables.coded import Coded, Read, scale_and_shift
+from trainables import dataflow, modules
 from trainables.encoding import Encoding
 from trainables.errors import ConfigError
-from trainables.onnx_constants import Constants, dense_groups, storage, unpacked
+from trainables.export import onnx_quantizers
+from trainables.export.coded import Coded, Read, scale_and_shift
+from trainables.export.onnx_constants import Constants, dense_groups, storage, unpacked
 
 INPUT, OUTPUT = "images", "logits"
 GRAPH_OPSET = 20

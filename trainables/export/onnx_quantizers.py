@@ -13,7 +13,7 @@ import numpy as np
 
 from trainables.encoding import Clipped, Dynamic, Encoding, Thresholds
 from trainables.errors import ConfigError
-from trainables.onnx_constants import Constants
+from trainables.export.onnx_constants import Constants
 
 FULL = ((-128, 127), (0, 255), (-(2**15), 2**15 - 1), (0, 2**16 - 1))
 """Ranges that fill their type, which QuantizeLinear clips to."""
