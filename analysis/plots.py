@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.front import Front
 from analysis.pareto import non_dominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from analysis.front import Front
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart by colour-blind readers too: Okabe and Ito 2008."""
@@ -27,7 +28,7 @@ _DPI = 150
 _COSTS = ("relative BOPs (%)", "size (KiB)")
 
 
-def plot_front(front_or_fronts: Front | Mapping[str, Front], path: str | Path, *, title: str | None = None) -> Path:
+def plot_front(front_or_fronts: "Front | Mapping[str, Front]", path: str | Path, *, title: str | None = None) -> Path:
     """Draw accuracy against relative BOPs and against size: fronts as staircases, dominated points faint.
 
     Each staircase is the best accuracy at no more than that cost. A point that is on the front by its other cost lies
@@ -45,7 +46,7 @@ def plot_front(front_or_fronts: Front | Mapping[str, Front], path: str | Path, *
     return save(draw_front(front_or_fronts, title=title), path)
 
 
-def draw_front(front_or_fronts: Front | Mapping[str, Front], *, title: str | None = None) -> "Figure":
+def draw_front(front_or_fronts: "Front | Mapping[str, Front]", *, title: str | None = None) -> "Figure":
     """The picture of `plot_front` as a figure of 11 x 5 inches, which a notebook shows.
 
     Raises:
@@ -53,7 +54,7 @@ def draw_front(front_or_fronts: Front | Mapping[str, Front], *, title: str | Non
     """
     from matplotlib.figure import Figure
 
-    fronts = {"": front_or_fronts} if isinstance(front_or_fronts, Front) else dict(front_or_fronts)
+    fronts = dict(front_or_fronts) if isinstance(front_or_fronts, Mapping) else {"": front_or_fronts}
     if not any(len(front) for front in fronts.values()):
         raise ValueError("there is no point to draw: no trial is complete")
     points = _points(fronts)
@@ -147,7 +148,7 @@ def plot_bits(history: Sequence[Mapping[str, Any]], path: str | Path, *, title: 
     return save(figure, path, title)
 
 
-def _points(fronts: Mapping[str, Front]) -> pd.DataFrame:
+def _points(fronts: Mapping[str, "Front"]) -> pd.DataFrame:
     """All points of all fronts, with the front they belong to, the name their colour stands for, and whether they are
     on the front; in the units of the axes.
     """

@@ -31,9 +31,9 @@ from raysearch.sweep import Resolved, Sweep, default_name, default_out
 
 if TYPE_CHECKING:
     from raysearch.book import Book
+    from raysearch.mirror.links import Status
     from raysearch.result import Result
     from raysearch.search.ledger import Proposal
-    from raysearch.tracking import Status
 
 MIRROR_WAIT_S = 60.0
 INTERRUPTED_WAIT_S = 5.0

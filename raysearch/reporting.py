@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysearch.errors import RecordError
 from raysearch.records import RunFolder
 from raysearch.repeat import search_command
 from raysearch.shared_weights.evaluators import SUPERNET
 
 if TYPE_CHECKING:
     from analysis.swept import Swept
-    from raysearch.result import Result
 
 SUMMARY_PAGE = "summary.html"
 
@@ -42,18 +40,3 @@ def swept(run: Path, description: Mapping[str, Any], records: Sequence[Mapping[s
         command=search_command(description["search"]) if "search" in description else f"raysearch sweep --from {run}",
         over=RunFolder(run).end.exists(),
     )
-
-
-def report_of(results: Sequence["Result"], title: str | None = None) -> str:
-    """The report of several sweeps as one self-contained HTML page.
-
-    Raises:
-        RecordError: none of them has a complete trial, or they are of several data sets.
-    """
-    from analysis.report import report
-
-    sweeps = [swept(result.path, result.description, result.records()) for result in results]
-    try:
-        return report(sweeps, title or ", ".join(dict.fromkeys(result.name for result in results)))
-    except ValueError as error:
-        raise RecordError(str(error)) from error

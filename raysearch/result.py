@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analysis.front import Front
-    from raysearch.tracking import Status
+    from raysearch.mirror.links import Status
     from trainables.export.onnx_file import Agreement
     from trainables.fit import Session
 
@@ -75,8 +75,6 @@ class Result:
         Raises:
             RecordError: no trial is complete.
         """
-        from raysearch.reporting import report_of
-
         Path(path).write_text(report_of([self]), encoding="utf-8")
         return Path(path)
 
@@ -246,6 +244,22 @@ def front_of(results: list[Result]) -> "Front":
         rows = [{key: value for key, value in row.items() if key != "run"} for row in rows]
     try:
         return Front.of(rows, results[0].objectives, results[0].description["sweep"].get("reference"))
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+
+
+def report_of(results: list[Result], title: str | None = None) -> str:
+    """The report of several sweeps as one self-contained HTML page.
+
+    Raises:
+        RecordError: none of them has a complete trial, or they are of several data sets.
+    """
+    from analysis.report import report
+    from raysearch.reporting import swept
+
+    sweeps = [swept(result.path, result.description, result.records()) for result in results]
+    try:
+        return report(sweeps, title or ", ".join(dict.fromkeys(result.name for result in results)))
     except ValueError as error:
         raise RecordError(str(error)) from error
 

@@ -27,11 +27,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raysearch.mirror.links import SQLITE, Progress, public, redact, tracking_uri
+from raysearch.mirror.links import SQLITE, Progress, Status, public, redact, tracking_uri
 from raysearch.mirror.session import Lines, Session
 
 log = logging.getLogger("raysearch.tracking")
@@ -48,21 +48,6 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """How far the mirror of a sweep got.
-
-    Attributes:
-        complete: every complete line on disk is in MLflow, and so are the front and the summary of them.
-        trials: trials that have a run in MLflow.
-        error: what stands or stood in the way, without credentials; None if nothing did.
-    """
-
-    complete: bool
-    trials: int
-    error: str | None
 
 
 class Mirror:

@@ -18,8 +18,7 @@ import click
 @click.option("--title", help="its first line  [default: the names of the sweeps]")
 def command(runs: tuple[Path, ...], output: Path, title: str | None) -> None:
     """Write one HTML page: front, comparisons, tables, configuration. It needs no network."""
-    from raysearch.reporting import report_of
-    from raysearch.result import Result
+    from raysearch.result import Result, report_of
 
     page = report_of([Result(path) for path in runs], title)
     output.write_text(page, encoding="utf-8")

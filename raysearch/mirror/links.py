@@ -58,6 +58,21 @@ def public(uri: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Status:
+    """How far the mirror of a sweep got.
+
+    Attributes:
+        complete: every complete line on disk is in MLflow, and so are the front and the summary of them.
+        trials: trials that have a run in MLflow.
+        error: what stands or stood in the way, without credentials; None if nothing did.
+    """
+
+    complete: bool
+    trials: int
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """What RUN/mlflow.json says: what of the sweep is in MLflow already.
 
