@@ -6,7 +6,8 @@
 All variants take turns within each round, so a busy machine slows them alike. The table gives medians of CPU time and
 two ratios: to the plain float step, and to the float step in the memory layout of the quantized ones. That is the
 training loop's (`trainables.layouts`; the float step: channels last), unless `--layout contiguous` asks for torch's
-default. Brevitas, in torch's default layout, joins when it is installed (`pip install ".[benchmarks]"`).
+default. Beside them stands the memory kept for the backward pass, of several passes in one step together. Brevitas, in
+torch's default layout, joins when it is installed (`pip install ".[benchmarks]"`).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from trainables import plugins, quantize
@@ -159,6 +161,19 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def kept_bytes(step: Step) -> int:
+    """Bytes of the distinct memory that autograd saves in one step for its backward passes, parameters included."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    with saved_tensors_hooks(pack, lambda saved: saved):
+        step()
+    return sum(saved.untyped_storage().nbytes() for saved in kept.values())
+
+
 def main() -> None:
     """Print one table for each network."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -173,15 +188,21 @@ def main() -> None:
     torch.set_num_threads(1)
     layout = torch.channels_last if arguments.layout == "channels_last" else torch.contiguous_format
     for name in arguments.networks.split(","):
-        times = measure(variants(name, arguments, layout), arguments.rounds)
+        steps = variants(name, arguments, layout)
+        times = measure(steps, arguments.rounds)
+        kept = {label: kept_bytes(step) for label, step in steps.items()}
+        of_plain = next(iter(kept.values()))
         medians = {label: statistics.median(values) for label, values in times.items()}
         plain, same = list(medians.values())[:2]
         print(
             f"\n{name}, batch {NETWORKS[name][1]}, torch {torch.__version__}, 1 thread, {arguments.rounds} rounds, "
-            f"{arguments.layout}\n{'':34s} {'CPU time':>11s}  / plain  / same layout"
+            f"{arguments.layout}\n{'':34s} {'CPU time':>11s}  / plain  / same layout   memory kept  / plain"
         )
         for label, median in medians.items():
-            print(f"  {label:32s} {median * 1e3:8.1f} ms {median / plain:8.2f} {median / same:14.2f}")
+            print(
+                f"  {label:32s} {median * 1e3:8.1f} ms {median / plain:8.2f} {median / same:14.2f} "
+                f"{kept[label] / 2**20:9.1f} MiB {kept[label] / of_plain:8.2f}"
+            )
 
 
 if __name__ == "__main__":
